@@ -1,0 +1,278 @@
+"""``Cache``: the face of the engine. Names become store keys, options become checked values; nothing is decided here.
+
+Docstrings stand once, on the protocol ``AsyncCache``, and are inherited.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar, overload
+
+from ._async_cache import AsyncCache, Entry, Loader, Seconds
+from ._classes import NOTHING, ClassSet, as_class_set
+from ._engine import Engine
+from ._keys import KeySpace
+from ._load import Loads, Plan
+from ._policy import seconds
+from ._protocols import Evicting, Observer, Store, StoreState, Switching
+from ._stats import CacheStatus, Counters, Stats
+
+T = TypeVar("T")
+D = TypeVar("D")
+
+_MAX_KEY_LENGTH: Final = 16_000  # four bytes a character and the prefix fit the frame's key field
+
+
+class Cache(AsyncCache):
+    """An ``AsyncCache`` over any ``Store``.
+
+    Opens on first use, may be used under one event loop after another, and is closed by ``aclose``, ``async with``,
+    or the end of ``asyncio.run``. Two loops that run at once need a cache each.
+
+    Args:
+        store: Where frames are kept. The cache closes it.
+        namespace: Keys of one namespace never touch another's; letters, digits, ``_.-``, at most 64.
+        default_ttl: Seconds, where a call gives no ttl; more than 0, or ``FOREVER``.
+        prefix: What every store key begins with.
+        timeout: Seconds that one operation may take of the caller's time, waiting for connections and retries included.
+            A loader's time is never part of it.
+        l1_max_entries: Entries in the near cache; 0: none. It serves only where the store can tell of changes.
+        l1_max_bytes: Bytes in the near cache.
+        max_key_length: Characters, at most 16,000.
+        max_value_bytes: The largest stored form of a value.
+        observer: Hears what happens, beside the counters that ``status`` shows.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        namespace: str = "default",
+        default_ttl: Seconds = 3600.0,
+        prefix: str = "mcp_hub:",
+        timeout: Seconds = 0.5,
+        l1_max_entries: int = 1024,
+        l1_max_bytes: int = 64 * 1024 * 1024,
+        max_key_length: int = 1024,
+        max_value_bytes: int = 8 * 1024 * 1024,
+        observer: Observer | None = None,
+    ) -> None:
+        self._default_ttl = seconds(default_ttl, "default_ttl")
+        self._max_key_length = _whole(max_key_length, "max_key_length", least=1, most=_MAX_KEY_LENGTH)
+        self._space = KeySpace(prefix, namespace)
+        self._counters = Counters()
+        self._engine = Engine(
+            store,
+            timeout=seconds(timeout, "timeout"),
+            l1_max_entries=_whole(l1_max_entries, "l1_max_entries"),
+            l1_max_bytes=_whole(l1_max_bytes, "l1_max_bytes"),
+            max_value_bytes=_whole(max_value_bytes, "max_value_bytes", least=1),
+            observers=(self._counters,) if observer is None else (self._counters, observer),
+        )
+        self._loads = Loads(self._engine)
+        if isinstance(store, Evicting):
+            store.on_evict = self._counters.eviction
+        if isinstance(store, Switching):
+            store.on_state = self._counters.state
+
+    def __repr__(self) -> str:
+        """What it is, without anything secret."""
+        return f"<{type(self).__name__} over {self._engine.store.name}, namespace {self._space.namespace!r}>"
+
+    @property
+    def namespace(self) -> str:
+        """The namespace of this cache's keys."""
+        return self._space.namespace
+
+    @property
+    def store(self) -> Store:
+        """The store behind it."""
+        return self._engine.store
+
+    @property
+    def stats(self) -> Stats:
+        """What was counted since the cache was made, over all its namespaces. Costs nothing."""
+        return self._counters.snapshot()
+
+    def _key(self, key: str) -> bytes:
+        return self._space.entry(key, self._max_key_length)
+
+    def _ttl(self, ttl: Seconds | None) -> float:
+        return self._default_ttl if ttl is None else seconds(ttl)
+
+    @overload
+    async def get(self, key: str, default: None = None, *, as_type: type[T]) -> T | None: ...
+    @overload
+    async def get(self, key: str, default: D, *, as_type: type[T]) -> T | D: ...
+    @overload
+    async def get(self, key: str, default: object = None, *, as_type: object = Any) -> Any: ...
+    # The protocol's overloads to the letter; pyright can't match a union of two type variables with itself.
+    async def get(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, key: str, default: object = None, *, as_type: object = Any
+    ) -> Any:
+        hit = await self._engine.read(self._key(key), _classes(as_type))
+        return default if hit is None else hit.value
+
+    async def get_many(self, keys: Iterable[str], *, as_type: object = Any) -> dict[str, Any]:
+        names = {self._key(key): key for key in _several(keys)}
+        hits = await self._engine.read_many(list(names), _classes(as_type))
+        return {name: hits[key].value for key, name in names.items() if key in hits}
+
+    async def get_entry(self, key: str, *, as_type: object = Any) -> Entry[Any] | None:
+        hit = await self._engine.read(self._key(key), _classes(as_type))
+        if hit is None:
+            return None
+        head = hit.head
+        return Entry(hit.value, head.created, head.fresh_until, head.keep_until, head.cost, hit.tier)
+
+    async def set(self, key: str, value: object, *, ttl: Seconds | None = None, as_type: object = Any) -> None:
+        store_key, seconds_fresh = self._key(key), self._ttl(ttl)
+        codec, payload = self._engine.encode(value, _classes(as_type))
+        await self._engine.write_many([(store_key, codec, payload)], seconds_fresh)
+
+    async def set_many(
+        self, mapping: Mapping[str, object], *, ttl: Seconds | None = None, as_type: object = Any
+    ) -> None:
+        classes, seconds_fresh = _classes(as_type), self._ttl(ttl)
+        entries = [(self._key(key), *self._engine.encode(value, classes)) for key, value in mapping.items()]
+        await self._engine.write_many(entries, seconds_fresh)
+
+    async def add(self, key: str, value: object, *, ttl: Seconds | None = None, as_type: object = Any) -> bool:
+        store_key, seconds_fresh = self._key(key), self._ttl(ttl)
+        codec, payload = self._engine.encode(value, _classes(as_type))
+        return await self._engine.add(store_key, codec, payload, seconds_fresh)
+
+    async def delete(self, key: str) -> bool:
+        return bool(await self._engine.delete_many([self._key(key)]))
+
+    async def delete_many(self, keys: Iterable[str]) -> int:
+        return await self._engine.delete_many(list(dict.fromkeys(map(self._key, _several(keys)))))
+
+    async def exists(self, key: str) -> bool:
+        return await self._engine.head(self._key(key)) is not None
+
+    async def ttl(self, key: str) -> float | None:
+        head = await self._engine.head(self._key(key))
+        return None if head is None else head.fresh_until - self._engine.store.now()
+
+    async def touch(self, key: str, ttl: Seconds) -> bool:
+        return await self._engine.touch(self._key(key), seconds(ttl))
+
+    async def get_or_load(
+        self,
+        key: str,
+        loader: Loader[T],
+        *,
+        ttl: Seconds | None = None,
+        as_type: object = Any,
+        cache_if: Callable[[T], bool] | None = None,
+        refresh: bool = False,
+        label: str | None = None,
+        owner: str | None = None,
+        observer: Observer | None = None,
+    ) -> T:
+        observers = self._engine.observers
+        plan = Plan(
+            name=label if label is not None else repr(key)[:80],
+            label=label if label is not None else "a get_or_load",
+            ttl=self._ttl(ttl),
+            classes=_classes(as_type),
+            cache_if=cache_if,
+            refresh=refresh,
+            owner=None if owner is None else _owner(owner),
+            observers=observers if observer is None else (*observers, observer),
+        )
+        value: T = await self._loads.load(self._key(key), loader, plan)
+        return value
+
+    async def keys(self, prefix: str = "") -> AsyncGenerator[str, None]:
+        async with aclosing(self._engine.scan(self._entries(prefix))) as keys:
+            async for key in keys:
+                name = self._space.name_of(key)
+                if name is not None:
+                    yield name
+
+    async def clear(self, *, prefix: str = "", owner: str | None = None) -> int:
+        if owner is not None:
+            return await self._engine.clear_owned(self._entries(prefix), _owner(owner))
+        entries = self._entries(prefix)
+        # Without a prefix the whole namespace goes, not only what bears a name.
+        return await self._engine.clear(entries if prefix else self._space.root)
+
+    def _entries(self, prefix: str) -> bytes:
+        if not isinstance(prefix, str):
+            raise TypeError(f"prefix must be a str, not {type(prefix).__name__}")
+        return self._space.entry(prefix, self._max_key_length) if prefix else self._space.entries
+
+    def with_namespace(self, namespace: str) -> Cache:
+        view = copy.copy(self)
+        view._space = KeySpace(self._space.prefix, namespace)
+        return view
+
+    async def health_check(self) -> bool:
+        return (await self._engine.ping()).state == "healthy"
+
+    async def status(self) -> CacheStatus:
+        state: StoreState = await self._engine.ping()
+        facts = await self._engine.facts()
+        if state.state in ("healthy", "degraded"):
+            facts["total_keys"] = await self._engine.count(self._space.entries)
+        known = {name: facts.pop(name) for name in list(facts) if name in CacheStatus.FACTS}
+        l1_entries, l1_bytes = self._engine.l1_figures()
+        return CacheStatus(
+            status=state.state,
+            backend=self._engine.store.name,
+            namespace=self._space.namespace,
+            key_prefix=self._space.prefix,
+            default_ttl_seconds=self._default_ttl,
+            stats=self.stats,
+            l1_entries=l1_entries,
+            l1_bytes=l1_bytes,
+            degraded_since=state.since if state.state == "degraded" else None,
+            problem=state.problem,
+            facts=facts,
+            **known,  # type: ignore[arg-type]  # names checked against FACTS; stores give the types they promise
+        )
+
+    async def aclose(self) -> None:
+        await self._engine.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+def _classes(as_type: object) -> ClassSet:
+    if as_type is Any:
+        return NOTHING
+    return as_type if isinstance(as_type, ClassSet) else as_class_set(as_type)
+
+
+def _several(keys: Iterable[str]) -> Iterable[str]:
+    if isinstance(keys, str | bytes):
+        raise TypeError("keys must be several keys, not one text; put it in a list")
+    return keys
+
+
+def _owner(owner: str) -> bytes:
+    return hashlib.blake2b(owner.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _whole(value: int, what: str, *, least: int = 0, most: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{what} must be a whole number, not {type(value).__name__}")
+    if value < least or (most is not None and value > most):
+        raise ValueError(
+            f"{what} must be {least} to {most}, not {value}"
+            if most
+            else f"{what} must be at least {least}, not {value}"
+        )
+    return value

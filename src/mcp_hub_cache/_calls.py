@@ -1,0 +1,278 @@
+"""The calls of one decorated function: their options, their keys, and their way to the cache.
+
+Strategy: what can be checked is checked when the function is decorated. What needs the module to be complete (the
+return annotation) or a loop to run (the default cache) waits for the first call.
+
+Rules:
+- A key covers whose result it is (``scope``), which instance answers (``__cache_key__``), the function's version and
+  result type, and every argument that is not ignored. It shows the function's name alone, unless ``key=`` says more.
+- An unset scope variable means uncached, said once.
+- Everything goes through the ``AsyncCache`` protocol: any cache will do.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from types import CodeType
+from typing import Any, Final
+
+from ._async_cache import MISSING, AsyncCache
+from ._bind import bind, bound_names, template
+from ._classes import ClassSet, closure_of, return_annotation
+from ._codec import is_immutable
+from ._keys import KeySpace, argument_bytes, digest, function_name
+from ._stats import Counters
+
+log = logging.getLogger("mcp_hub_cache")
+
+Scope = str | int | ContextVar[Any] | Callable[..., object]
+HOW_TO_IDENTIFY: Final = (
+    "say how its instances are identified: give it a `__cache_key__` attribute, property or method whose value tells "
+    "apart "
+    "what has different results (for an API client perhaps its base URL and tenant)"
+)
+
+
+class Options:
+    __slots__ = ("cache", "cache_if", "ignore", "key", "namespace", "scope", "ttl", "version")
+
+    def __init__(
+        self,
+        *,
+        ttl: float | None,
+        cache: AsyncCache | Callable[[], AsyncCache] | None,
+        namespace: str | None,
+        key: str | Callable[..., str] | None,
+        ignore: frozenset[str],
+        scope: Scope | None,
+        version: str | int | None,
+        cache_if: Callable[[Any], bool] | None,
+    ) -> None:
+        self.ttl = ttl
+        self.cache = cache
+        self.namespace = namespace
+        self.key = key
+        self.ignore = ignore
+        self.scope = scope
+        self.version = version
+        self.cache_if = cache_if
+
+    def check(self) -> None:
+        if self.namespace is not None:
+            KeySpace(namespace=self.namespace)
+        if self.cache is not None and not isinstance(self.cache, AsyncCache) and not callable(self.cache):
+            raise TypeError(f"cache must be a cache or a function that returns one, not {type(self.cache).__name__}")
+        if self.key is not None and not isinstance(self.key, str) and not callable(self.key):
+            raise TypeError(f"key must be a template or a function, not {type(self.key).__name__}")
+        if inspect.iscoroutinefunction(self.key) or inspect.iscoroutinefunction(self.scope):
+            raise TypeError(
+                "key and scope must be plain functions: they are called for the key, before anything is awaited"
+            )
+        if self.scope is not None and not isinstance(self.scope, str | int | ContextVar) and not callable(self.scope):
+            raise TypeError(f"scope must be a value, a ContextVar or a function, not {type(self.scope).__name__}")
+        if self.cache_if is not None and not callable(self.cache_if):
+            raise TypeError(f"cache_if must be a function of the result, not {type(self.cache_if).__name__}")
+
+
+def _identify(func: Callable[..., Any]) -> tuple[str, str]:
+    """The readable name of *func*, and the text that tells it from all others.
+
+    Functions that a factory makes share module and name, and differ in what they close over. What of that is
+    immutable and not assigned by the function itself belongs to its identity, as it is when it is decorated; the rest
+    is state, not meaning.
+    """
+    readable, identity = function_name(func)
+    inner = inspect.unwrap(func)
+    own_state = _assigned(inner.__code__)
+    for name, value in sorted(closure_of(inner).items()):
+        if name not in own_state and is_immutable(value):
+            identity += f" {name}={digest(argument_bytes((name,), (value,)))}"
+    return readable, identity
+
+
+def _assigned(code: CodeType) -> set[str]:
+    """The free variables that *code*, or a function inside it, declares ``nonlocal`` and assigns."""
+    names = {str(step.argval) for step in dis.get_instructions(code) if step.opname == "STORE_DEREF"}
+    return names.union(*(_assigned(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+class _Uncached(Exception):  # noqa: N818  # control flow within this module
+    """This call has no key."""
+
+
+class Calls:
+    """The calls of one decorated function: their keys, their cache, their figures."""
+
+    def __init__(
+        self, func: Callable[..., Any], options: Options, *, is_method: bool, names: Mapping[str, object] | None
+    ) -> None:
+        self.func = func
+        self.options = options
+        self.is_method = is_method
+        self.readable, self.identity = _identify(func)
+        self.counters = Counters()
+        self._names = names
+        self._views: dict[int, tuple[AsyncCache, AsyncCache]] = {}
+        self._scope_warned = False
+        self._parameters = bound_names(func, ignore=options.ignore, skip_first=is_method)
+        self._bind = bind(func, ignore=options.ignore, skip_first=is_method)
+        self._template: Callable[..., str] | None = None
+        if isinstance(options.key, str):
+            self._template = template(options.key, func, skip_first=is_method)
+
+    # What waits for the first call
+
+    @functools.cached_property
+    def classes(self) -> ClassSet:
+        """The classes that results may hold."""
+        returned = return_annotation(self.func, self._names)
+        classes = returned.classes()
+        if returned.problem is not None or classes.unresolved:
+            what = returned.problem or ", ".join(classes.unresolved)
+            log.warning(
+                "the return annotation of %s can't be evaluated (%s): only results of plain types are cached",
+                self.readable,
+                what,
+            )
+        return classes
+
+    @functools.cached_property
+    def root(self) -> str:
+        """What the keys of this function begin with."""
+        parts = (self.identity.encode(), self.classes.fingerprint.encode(), self._version())
+        return f"{self.readable}.{digest(*parts)[:12]}:"
+
+    async def cache(self) -> AsyncCache:
+        """The cache of this call."""
+        given = self.options.cache
+        if given is None:
+            from ._open import default_cache  # noqa: PLC0415  # the layer above: it makes caches
+
+            cache: AsyncCache = await default_cache()
+        elif isinstance(given, AsyncCache):
+            cache = given
+        else:
+            cache = given()
+        if self.options.namespace is None:
+            return cache
+        view = self._views.get(id(cache))
+        if view is None or view[0] is not cache:
+            view = self._views[id(cache)] = (cache, cache.with_namespace(self.options.namespace))
+        return view[1]
+
+    # Keys
+
+    def key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Return the key of a call.
+
+        Raises:
+            _Uncached: The scope variable is not set.
+            UncacheableError: An argument has no stable form.
+        """
+        scope = self._scope(args, kwargs)
+        if self.options.key is None:
+            values = self._bind(*args, **kwargs)
+            return self.root + digest(scope, self._own(args), argument_bytes(self._parameters, values))
+        text = self._template(*args, **kwargs) if self._template is not None else self._by_function(args, kwargs)
+        extra = [part for part in (scope, self._version(), self._own(args)) if part]
+        return f"{text}:{digest(scope, self._version(), self._own(args))[:16]}" if extra else text
+
+    def _by_function(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        assert callable(self.options.key)
+        text = self.options.key(*args, **kwargs)
+        if not isinstance(text, str):
+            raise TypeError(f"the key function of {self.readable} must return text, not {type(text).__name__}")
+        return text
+
+    def _version(self) -> bytes:
+        return b"" if self.options.version is None else argument_bytes(("version",), (self.options.version,))
+
+    def _own(self, args: tuple[Any, ...]) -> bytes:
+        """What identifies the instance that a method is called on."""
+        if not self.is_method:
+            return b""
+        if not args:
+            raise TypeError(f"{self.readable} is a method: call it on an instance")
+        instance = args[0]
+        owner = type(instance)
+        if not hasattr(owner, "__cache_key__"):
+            raise TypeError(f"{self.readable} can't be cached for {owner.__qualname__}: {HOW_TO_IDENTIFY}.")
+        material = instance.__cache_key__
+        material = material() if callable(material) else material
+        return argument_bytes(("class", "__cache_key__"), (function_name(owner)[1], material))
+
+    def _scope(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+        scope = self.options.scope
+        if scope is None:
+            return b""
+        if isinstance(scope, ContextVar):
+            value = scope.get(MISSING)
+            if value is MISSING:
+                raise _Uncached(f"the scope variable {scope.name} is not set")
+        elif callable(scope):
+            value = scope(*args, **kwargs)
+        else:
+            value = scope
+        return argument_bytes(("scope",), (value,))
+
+    def _said_uncached(self, reason: _Uncached) -> None:
+        if not self._scope_warned:
+            self._scope_warned = True
+            log.warning("%s is called uncached: %s", self.readable, reason)
+
+    # Calls
+
+    async def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, refresh: bool = False) -> Any:
+        """The cached call."""
+        try:
+            key = self.key(args, kwargs)
+        except _Uncached as reason:
+            self._said_uncached(reason)
+            return await self.func(*args, **kwargs)
+        cache = await self.cache()
+        return await cache.get_or_load(
+            key,
+            functools.partial(self.func, *args, **kwargs),
+            ttl=self.options.ttl,
+            as_type=self.classes,
+            cache_if=self.options.cache_if,
+            refresh=refresh,
+            label=self.readable,
+            owner=self.identity if self.options.key is not None else None,
+            observer=self.counters,
+        )
+
+    async def invalidate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Remove the entry of a call."""
+        try:
+            key = self.key(args, kwargs)
+        except _Uncached:
+            return False
+        return await (await self.cache()).delete(key)
+
+    async def peek(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The entry of a call, or MISSING."""
+        try:
+            key = self.key(args, kwargs)
+        except _Uncached:
+            return MISSING
+        return await (await self.cache()).get(key, MISSING, as_type=self.classes)
+
+    async def clear(self) -> int:
+        """Remove every entry of the function."""
+        cache = await self.cache()
+        if self.options.key is not None:
+            return await cache.clear(owner=self.identity)
+        return await cache.clear(prefix=self.root)
+
+    def public_key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """The key of a call, for people."""
+        try:
+            return self.key(args, kwargs)
+        except _Uncached as reason:
+            raise LookupError(f"this call has no key: {reason}") from None

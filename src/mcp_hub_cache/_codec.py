@@ -1,0 +1,164 @@
+"""Values to bytes and back, so that a hit equals a miss, whatever the type.
+
+Strategy: the value decides the form, on write, once.
+
+    1 PLAIN   JSON by orjson, for what JSON says exactly: str, int of 64 bits, bool, None, finite float, list,
+              dict with str keys
+    2 RICH    the tagged form (``_tagged``), for everything else that can be stored exactly
+    3 BYTES   a value that is bytes: itself
+
+Rules:
+- The check of exact types comes before orjson, which writes NaN as null, lets str-Enums, tuples and UUIDs pass as
+  something else, and (3.12, 3.13) corrupts the heap on deeply nested tuples.
+- What can't come back equal and of exactly the same types is an ``UncacheableError``, never something similar.
+- Decoding raises ``DecodeError`` and nothing else, without a word of the content.
+- Codec ids are part of the stored format: they are never given another meaning.
+"""
+
+from __future__ import annotations
+
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from math import isfinite
+from typing import Any, Final
+from uuid import UUID
+
+import orjson
+
+from ._classes import NOTHING, ClassSet
+from ._exceptions import UncacheableError
+from ._revive import Reviver
+from ._shapes import Refusal
+from ._tagged import INF, MAX_CONTAINERS, MAX_DEPTH, Tagger, find_in
+
+PLAIN: Final = 1
+RICH: Final = 2
+BYTES: Final = 3
+
+_SCALARS: Final = frozenset((str, int, bool, type(None)))
+_FLOAT: Final = frozenset((float,))
+_IMMUTABLE: Final = frozenset(
+    (str, int, bool, type(None), float, bytes, complex, date, datetime, time, timedelta, UUID, Decimal, range)
+)
+
+
+class DecodeError(ValueError):
+    """Bytes that no value can be made of, or not with the classes given. ``reason`` never holds content."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def is_plain(value: Any, max_depth: int = MAX_DEPTH) -> bool:
+    """Whether *value* is made of JSON's own types exactly, in at most *max_depth* levels of lists and dicts.
+
+    What orjson refuses by itself (wide integers, lone surrogates) is left to orjson.
+    """
+    kind = type(value)
+    if kind is dict or kind is list:
+        return _walk(value, max_depth, [MAX_CONTAINERS])
+    return kind in _SCALARS or (kind is float and -INF < value < INF)
+
+
+def _walk(value: Any, room: int, budget: list[int]) -> bool:  # noqa: C901, PLR0912  # split up, it is half as fast
+    # The budget ends values that share their parts so often that they would be endless when written out.
+    budget[0] -= 1
+    if not room or budget[0] < 0:
+        return False
+    if type(value) is dict:
+        for key, item in value.items():
+            if type(key) is not str:
+                return False
+            kind = type(item)
+            if kind is str or kind in _SCALARS:
+                continue
+            if kind is float:
+                if not -INF < item < INF:
+                    return False
+            elif (kind is not dict and kind is not list) or not _walk(item, room - 1, budget):
+                return False
+        return True
+    if len(value) > 32:  # an embedding, say
+        kinds = set(map(type, value))
+        if kinds <= _SCALARS:
+            return True
+        if kinds == _FLOAT:
+            return all(map(isfinite, value))
+    for item in value:
+        kind = type(item)
+        if kind is str or kind in _SCALARS:
+            continue
+        if kind is float:
+            if not -INF < item < INF:
+                return False
+        elif (kind is not dict and kind is not list) or not _walk(item, room - 1, budget):
+            return False
+    return True
+
+
+def encode(value: object, classes: ClassSet = NOTHING) -> tuple[int, bytes]:
+    """Return the codec and payload to store *value* as.
+
+    Args:
+        value: Anything; not changed, and not kept.
+        classes: The classes whose instances may be in it.
+
+    Raises:
+        UncacheableError: It could not come back equal and of the same types; names the place and the type.
+    """
+    if type(value) is bytes:
+        return BYTES, value
+    try:
+        if is_plain(value):
+            try:
+                return PLAIN, orjson.dumps(value)
+            except TypeError:  # an integer beyond 64 bits, a lone surrogate
+                pass
+        return RICH, orjson.dumps(Tagger(find_in(classes)).tag(value))
+    except Refusal as refusal:
+        raise uncacheable("value", refusal) from None
+    except RecursionError:
+        raise UncacheableError("value: there is no stack left to walk through it") from None
+    except Exception as error:  # noqa: BLE001  # whatever a user's own class or metaclass raises when it is looked at
+        raise UncacheableError(f"value: reading it raised {type(error).__name__}") from None
+
+
+def uncacheable(root: str, refusal: Refusal, advice: str = "") -> UncacheableError:
+    """Return the error that says where under *root* something was refused."""
+    where = root + "".join(reversed(refusal.path))
+    return UncacheableError(f"{where}: {refusal.reason}{advice}", where=where)
+
+
+def decode(codec: int, payload: bytes | memoryview, classes: ClassSet = NOTHING) -> object:
+    """Return the value that *payload* holds.
+
+    Args:
+        codec: What ``encode`` answered.
+        payload: Bytes of any origin.
+        classes: The classes that may be revived.
+
+    Raises:
+        DecodeError: Whatever is wrong.
+    """
+    try:
+        if codec == PLAIN:
+            return orjson.loads(payload)
+        if codec == RICH:
+            return Reviver(classes).revive(orjson.loads(payload))
+        if codec == BYTES:
+            return bytes(payload)
+    except Exception as error:  # noqa: BLE001  # hostile bytes raise anything, RecursionError and MemoryError too
+        # The chain is cut: these errors carry parts of the content.
+        raise DecodeError(f"codec {codec}: {type(error).__name__}") from None
+    raise DecodeError(f"codec {codec} is unknown")
+
+
+def is_immutable(value: Any, depth: int = 4) -> bool:
+    """Whether *value* may be handed to many callers; tuples are looked into *depth* levels deep."""
+    kind = type(value)
+    if kind in _IMMUTABLE:
+        return True
+    if kind is tuple or kind is frozenset:
+        return depth > 0 and all(is_immutable(item, depth - 1) for item in value)
+    return False

@@ -1,0 +1,514 @@
+"""The engine: store keys in, values out. What ``Cache`` puts names and options on, and ``Loads`` loads through.
+
+Strategy: L1, then the lines to the store. All loop-bound parts stand in one ``Session``.
+
+Rules:
+- Trouble with the store never reaches a caller. A read that fails is a miss, a write that fails is counted.
+- Only a fresh, intact entry of exactly the key that was asked for is a hit, whatever the store answers.
+- An own delete, set or clear also detaches the load in this process, so that it wins even while the store can't be
+  reached.
+- One task renews every placeholder that is held. Those of holders that died are gone after ``HOLD`` seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import secrets
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, Final, NamedTuple
+
+from ._classes import ClassSet
+from ._codec import DecodeError, decode, encode, is_immutable
+from ._exceptions import StoreError, StoreMisconfiguredError, ValueTooLargeError
+from ._flight import Flights
+from ._frame import TOKEN_SIZE, Frame, FrameError, Head, Kind, Mark, pack, patch_head, peek, unpack, unpack_head
+from ._l1 import L1
+from ._lifetime import PerLoop
+from ._lines import Lines
+from ._placeholders import Placeholders
+from ._policy import Freshness, freshness, span
+from ._protocols import Coherent, Fence, Monitored, Observer, Outcome, Patch, Store, StoreState, Write
+
+log = logging.getLogger("mcp_hub_cache")
+
+_NOT_SHARED: Final = object()
+_MAX_WARNED: Final = 1000
+_CHUNK: Final = 128  # of a call with many keys: each chunk has the deadline to itself
+_TRIES: Final = 3  # for what is compared and written: others may be quicker so often
+
+
+class Hit(NamedTuple):
+    """A fresh value and the head it was stored with."""
+
+    value: Any
+    head: Head
+    tier: str
+
+
+class _Near(NamedTuple):
+    frame: Frame
+    stamp: int
+    shared: Any  # the value, where it is immutable
+
+
+class Session:
+    """What belongs to one event loop."""
+
+    __slots__ = ("flights", "l1", "lines", "placeholders")
+
+    def __init__(self, lines: Lines, l1: L1[_Near], placeholders: Placeholders) -> None:
+        self.lines = lines
+        self.flights = Flights()
+        self.l1 = l1
+        self.placeholders = placeholders
+
+
+class Engine:
+    """Reads, writes and loads over one store. See the module for the rules; keys are whole store keys here."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        timeout: float,
+        l1_max_entries: int,
+        l1_max_bytes: int,
+        max_value_bytes: int,
+        observers: tuple[Observer, ...],
+    ) -> None:
+        self.store = store
+        self.observers = observers
+        self._timeout = timeout
+        self._max_value_bytes = max_value_bytes
+        self._l1_size = (l1_max_entries, l1_max_bytes)
+        self._stamp = store.stamp if isinstance(store, Coherent) and all(self._l1_size) else None
+        self._warned: set[str] = set()
+        self._sessions: PerLoop[Session] = PerLoop(self._open, owner=f"this {store.name} cache", close=self._close)
+        # The store's calls, bound once: a line tells kinds of requests apart by the identity of their call.
+        self._get = store.get_many
+        self._get_groups = self._ask_groups
+        self._head = store.head_many
+        self._write = store.write_many
+        self._patch = store.patch_many
+        self._delete = store.delete_many
+
+    def _open(self, loop: asyncio.AbstractEventLoop) -> Session:
+        lines = Lines(loop, self.store.lane, deadline=self._timeout)
+        return Session(lines, L1(*self._l1_size), Placeholders(self.store, lines, self.trouble))
+
+    async def _close(self, session: Session) -> None:
+        await session.placeholders.aclose()
+        await session.flights.aclose()
+        await session.lines.aclose()
+        await self.store.aclose()
+
+    def session(self) -> Session:
+        """Return what belongs to the running loop, opened now if it is not yet."""
+        return self._sessions.get()
+
+    async def aclose(self) -> None:
+        """End every task and give back everything of the running loop."""
+        await self._sessions.aclose()
+
+    def l1_figures(self) -> tuple[int, int]:
+        """Entries and bytes that the near cache holds."""
+        session = self._sessions.peek()
+        return (0, 0) if session is None else (len(session.l1), session.l1.size_bytes)
+
+    # Reading
+
+    async def read(self, key: bytes, classes: ClassSet) -> Hit | None:
+        """Return the fresh entry under *key*, or None."""
+        hit, _ = await self.look_up(self.session(), key, classes)
+        tell_read(hit, self.observers)
+        return hit
+
+    async def look_up(self, session: Session, key: bytes, classes: ClassSet) -> tuple[Hit | None, bool]:
+        """As ``read``, uncounted; and whether the store could be asked at all."""
+        stamp = None if self._stamp is None else self._stamp(key)
+        if stamp is not None and (near := session.l1.get(key)) is not None:
+            hit = self._near(near, stamp, classes)
+            if hit is not None:
+                return hit, True
+            session.l1.drop(key)
+        try:
+            data = await session.lines.read(self._get, key, key)
+        except StoreError as error:
+            self.trouble(error)
+            return None, False
+        return self.accept(session, key, data, classes, stamp), True
+
+    async def read_many(self, keys: Sequence[bytes], classes: ClassSet) -> dict[bytes, Hit]:
+        """Return the fresh entries among *keys*."""
+        session = self.session()
+        hits: dict[bytes, Hit] = {}
+        wanted = list(dict.fromkeys(keys))
+        for start in range(0, len(wanted), _CHUNK):
+            await self._read_chunk(session, wanted[start : start + _CHUNK], classes, hits)
+        for key in wanted:
+            tell_read(hits.get(key), self.observers)
+        return hits
+
+    async def _read_chunk(
+        self, session: Session, keys: Sequence[bytes], classes: ClassSet, hits: dict[bytes, Hit]
+    ) -> None:
+        stamps: dict[bytes, int | None] = {}
+        for key in keys:
+            stamps[key] = stamp = None if self._stamp is None else self._stamp(key)
+            near = session.l1.get(key) if stamp is not None else None
+            hit = None if near is None or stamp is None else self._near(near, stamp, classes)
+            if hit is not None:
+                hits[key] = hit
+        parts = session.lines.read_groups(self._get_groups, [key for key in keys if key not in hits])
+        for (part, _), answer in zip(parts, await _all([future for _, future in parts]), strict=True):
+            if isinstance(answer, StoreError):
+                self.trouble(answer)
+                continue
+            for key, data in zip(part, answer, strict=True):
+                hit = self.accept(session, key, data, classes, stamps[key])
+                if hit is not None:
+                    hits[key] = hit
+
+    async def _ask_groups(self, groups: Sequence[Sequence[bytes]]) -> list[Sequence[bytes | None]]:
+        answers = await self._get([key for group in groups for key in group])
+        ends = iter(answers)
+        return [[next(ends) for _ in group] for group in groups]
+
+    def _near(self, near: _Near, stamp: int, classes: ClassSet) -> Hit | None:
+        head = near.frame.head
+        if near.stamp != stamp or freshness(head, self.store.now()) is not Freshness.FRESH:
+            return None
+        if near.shared is not _NOT_SHARED:
+            return Hit(near.shared, head, "l1")
+        try:
+            return Hit(decode(head.codec, near.frame.payload, classes), head, "l1")
+        except DecodeError:
+            return None  # stored for other classes: let the full path say so
+
+    def accept(
+        self, session: Session, key: bytes, data: bytes | None, classes: ClassSet, stamp: int | None
+    ) -> Hit | None:
+        """Verify what the store said to be under *key*; only a fresh, intact entry of that very key is a hit."""
+        frame = self._intact(key, data)
+        if frame is None or freshness(frame.head, self.store.now()) is not Freshness.FRESH:
+            return None
+        try:
+            value = decode(frame.head.codec, frame.payload, classes)
+        except DecodeError as error:
+            self._damaged(key, "undecodable", error)
+            return None
+        if stamp is not None and data is not None:
+            shared = value if is_immutable(value) else _NOT_SHARED
+            evicted = session.l1.put(key, _Near(frame, stamp, shared), len(key) + len(data))
+            if evicted:
+                self._tell_all(lambda observer: observer.eviction(evicted))
+        return Hit(value, frame.head, self.store.name)
+
+    def _intact(self, key: bytes, data: bytes | None) -> Frame | None:
+        """The entry's frame, None for placeholders, nothing and damage."""
+        if data is None:
+            return None
+        try:
+            frame = unpack(data, key)
+        except FrameError as error:
+            self._damaged(key, error.reason, error)
+            return None
+        return frame if frame.head.kind == Kind.ENTRY else None
+
+    async def head(self, key: bytes) -> Head | None:
+        """Return the head of the fresh entry under *key*, or None."""
+        session = self.session()
+        try:
+            data = await session.lines.read(self._head, key, key)
+        except StoreError as error:
+            self.trouble(error)
+            return None
+        return self._fresh_head(data)
+
+    def _fresh_head(self, data: bytes | None) -> Head | None:
+        try:
+            head = None if data is None else unpack_head(data)
+        except FrameError:
+            return None
+        if head is None or head.kind != Kind.ENTRY or freshness(head, self.store.now()) is not Freshness.FRESH:
+            return None
+        return head
+
+    async def scan(self, prefix: bytes) -> AsyncGenerator[bytes, None]:
+        """Yield the keys of fresh entries under *prefix*; ends early, with a word in the log, if the store fails."""
+        self.session()
+        try:
+            async with aclosing(self.store.scan(prefix)) as pages:
+                async for page in pages:
+                    for key, head in page:
+                        if self._fresh_head(head) is not None:
+                            yield key
+        except StoreError as error:
+            self.trouble(error)
+            log.error("listing of the %s cache is incomplete: %s", self.store.name, error)
+
+    async def count(self, prefix: bytes) -> int:
+        """How many fresh entries there are under *prefix*."""
+        total = 0
+        async for _ in self.scan(prefix):
+            total += 1
+        return total
+
+    # Writing
+
+    def encode(self, value: object, classes: ClassSet) -> tuple[int, bytes]:
+        """Return codec and payload of *value*.
+
+        Raises:
+            UncacheableError: It can't be stored so that a hit equals a miss.
+            ValueTooLargeError: Its stored form is larger than this cache takes.
+        """
+        codec, payload = encode(value, classes)
+        if len(payload) > self._max_value_bytes:
+            raise ValueTooLargeError(
+                f"the value takes {len(payload):,} bytes; this cache stores at most {self._max_value_bytes:,}. "
+                "Store less, or raise max_value_bytes."
+            )
+        return codec, payload
+
+    async def write_many(self, entries: Sequence[tuple[bytes, int, bytes]], ttl: float) -> None:
+        """Store (key, codec, payload) each, unconditionally: wins over loads in progress."""
+        session = self.session()
+        for key, _, _ in entries:
+            self._forget(session, key)
+        for start in range(0, len(entries), _CHUNK):
+            writes = [self.framed(*entry, ttl) for entry in entries[start : start + _CHUNK]]
+            for outcome in await self._submit_all(session, self._write, [(one.key, one) for one in writes]):
+                if isinstance(outcome, StoreError):
+                    self.trouble(outcome)
+
+    async def _submit_all(self, session: Session, call: Any, items: Sequence[tuple[bytes, Any]]) -> list[Any]:
+        """Hand on a chunk of writes and return their outcomes, ``StoreError``s among them."""
+        sizes = (len(item.frame) if isinstance(item, Write) else 0 for _, item in items)
+        futures = [session.lines.write(call, key, item, size) for (key, item), size in zip(items, sizes, strict=True)]
+        outcomes = await _all(futures)
+        for key, _ in items:
+            session.l1.drop(key)
+        return outcomes
+
+    def framed(
+        self,
+        key: bytes,
+        codec: int,
+        payload: bytes,
+        ttl: float,
+        *,
+        fence: Fence | None = None,
+        cost: float = 0.0,
+        owner: bytes | None = None,
+    ) -> Write:
+        """Return the write of a new entry, as of now."""
+        now = self.store.now()
+        until = span(now, ttl)
+        frame = pack(
+            key,
+            payload,
+            codec=codec,
+            token=secrets.token_bytes(TOKEN_SIZE),
+            created=now,
+            fresh_until=until.fresh_until,
+            keep_until=until.keep_until,
+            cost=cost,
+            marks=() if owner is None else (Mark(owner, _OWNED),),
+        )
+        return Write(key, frame, until.keep(now), fence)
+
+    async def put(self, session: Session, write: Write) -> Outcome:
+        """Carry out a fenced write."""
+        outcome = await self._submit(session, self._write, write.key, write, len(write.frame))
+        session.l1.drop(write.key)
+        return outcome
+
+    async def _submit(self, session: Session, call: Any, key: bytes, item: Any, size: int = 0) -> Outcome:
+        try:
+            outcome: Outcome = await session.lines.write(call, key, item, size)
+        except StoreError as error:
+            outcome = error
+        if isinstance(outcome, StoreError):
+            self.trouble(outcome)
+        return outcome
+
+    async def add(self, key: bytes, codec: int, payload: bytes, ttl: float) -> bool:
+        """Store only where no fresh entry is: begin, then write what the beginning's token allows."""
+        session = self.session()
+        for _ in range(_TRIES):
+            begun = await session.placeholders.begin(key)
+            if begun is None:
+                return False
+            held = session.placeholders.hold(key, begun) if begun.leader else None
+            outcome: Outcome = "refused"
+            try:
+                frame = self._intact(key, begun.frame)
+                if frame is not None and freshness(frame.head, self.store.now()) is Freshness.FRESH:
+                    return False
+                outcome = await self.put(session, self.framed(key, codec, payload, ttl, fence=begun.fence))
+            finally:
+                if held is not None:
+                    session.placeholders.end(held, stored=outcome == "done")
+            if outcome == "done":
+                self._forget(session, key)
+                return True
+            if outcome != "refused":
+                return False
+        return False
+
+    async def touch(self, key: bytes, ttl: float) -> bool:
+        """Give the fresh entry under *key* a new ttl from now."""
+        session = self.session()
+        for _ in range(_TRIES):
+            head = await self.head(key)
+            if head is None:
+                return False
+            now = self.store.now()
+            until = span(now, ttl)
+            patched = patch_head(head, fresh_until=until.fresh_until, keep_until=until.keep_until)
+            # The serving store's id: a switch of stores in between makes it refuse, and the next try finds out.
+            fence = Fence(self.store.id, head.token)
+            outcome = await self._submit(session, self._patch, key, Patch(key, fence, patched, until.keep(now)))
+            session.l1.drop(key)
+            if outcome != "refused":
+                return outcome == "done"
+        return False
+
+    async def delete_many(self, keys: Sequence[bytes]) -> int:
+        """Remove; answer how many fresh entries went. Wins over loads in progress."""
+        session = self.session()
+        for key in keys:
+            self._forget(session, key)
+        removed = 0
+        for start in range(0, len(keys), _CHUNK):
+            chunk = [(key, key) for key in keys[start : start + _CHUNK]]
+            for answer in await self._submit_all(session, self._delete, chunk):
+                if isinstance(answer, StoreError):
+                    self.trouble(answer)
+                elif self._fresh_head(answer) is not None:
+                    removed += 1
+        return removed
+
+    async def clear(self, prefix: bytes) -> int:
+        """Remove all under *prefix*, with the loads in progress; 0, and a word in the log, if the store fails."""
+        session = self.session()
+        session.flights.detach_all(prefix)
+        session.l1.drop_prefix(prefix)
+        await session.lines.settle()  # what was asked for before must not land after
+        try:
+            return await self.store.clear(prefix)
+        except StoreError as error:
+            self.trouble(error)
+            log.error("clearing the %s cache failed: %s", self.store.name, error)
+            return 0
+        finally:
+            session.l1.drop_prefix(prefix)
+
+    async def clear_owned(self, prefix: bytes, owner: bytes) -> int:
+        """Remove the entries under *prefix* that were stored with *owner*: reads them all to find out."""
+        session = self.session()
+        session.flights.detach_all(prefix, owner)
+        await session.lines.settle()
+        owned: list[bytes] = []
+        try:
+            async with aclosing(self.store.scan(prefix)) as pages:
+                async for page in pages:
+                    keys = [key for key, _ in page]
+                    for key, data in zip(keys, await self.store.get_many(keys), strict=True):
+                        if self._is_owned(session, key, data, owner):
+                            owned.append(key)
+        except StoreError as error:
+            self.trouble(error)
+            log.error("clearing the %s cache failed: %s", self.store.name, error)
+        return await self.delete_many(owned)
+
+    def _is_owned(self, session: Session, key: bytes, data: bytes | None, owner: bytes) -> bool:
+        """Whether *data* is an entry of *owner*'s, or stands for a load that may be."""
+        head = None if data is None else peek(data)
+        if head is not None and head.kind == Kind.PLACEHOLDER:
+            return not session.flights.is_of_another(key, owner)
+        frame = self._intact(key, data)
+        return frame is not None and Mark(owner, _OWNED) in frame.marks
+
+    def _forget(self, session: Session, key: bytes) -> None:
+        session.flights.detach(key)
+        session.l1.drop(key)
+
+    # Health
+
+    async def ping(self) -> StoreState:
+        """Ask the store and return how it is."""
+        self.session()
+        problem: StoreError | None = None
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self.store.ping()
+        except TimeoutError:
+            return self._state() or StoreState("unhealthy", None, f"no answer within {self._timeout:g} s")
+        except StoreError as error:
+            problem = error
+        if (state := self._state()) is not None and state.state != "healthy":
+            return state
+        if problem is None:
+            return StoreState("healthy")
+        return StoreState(
+            "misconfigured" if isinstance(problem, StoreMisconfiguredError) else "unhealthy", None, str(problem)
+        )
+
+    def _state(self) -> StoreState | None:
+        return self.store.state() if isinstance(self.store, Monitored) else None
+
+    async def facts(self) -> dict[str, str | int | float]:
+        """What the store says of itself; empty where it can't."""
+        self.session()
+        try:
+            async with asyncio.timeout(self._timeout * 10):
+                return dict(await self.store.info())
+        except (StoreError, TimeoutError):
+            return {}
+
+    def trouble(self, error: StoreError) -> None:
+        """Count an error of the store, and log it once per kind and text."""
+        self._tell_all(lambda observer: observer.error(error.kind))
+        self.warn_once(f"store {error.kind}", f"{self.store.name} cache: {error}")
+
+    def _damaged(self, key: bytes, reason: str, error: Exception) -> None:
+        self._tell_all(lambda observer: observer.error(reason))
+        digest = hashlib.blake2b(key, digest_size=8).hexdigest()
+        hint = f": {error}" if isinstance(error, DecodeError) else ""
+        log.warning("entry with key digest %s is %s%s; treated as a miss", digest, reason, hint)
+
+    def _tell_all(self, tell: Callable[[Observer], None]) -> None:
+        for observer in self.observers:
+            tell(observer)
+
+    def warn_once(self, topic: str, text: str) -> None:
+        if topic not in self._warned and len(self._warned) < _MAX_WARNED:
+            self._warned.add(topic)
+            log.warning("%s", text)
+
+
+_OWNED: Final = bytes(8)
+"""The mark of an owner: owners have none that changes."""
+
+
+async def _all(futures: Sequence[asyncio.Future[Any]]) -> list[Any]:
+    """The results of all, ``StoreError``s among them."""
+    results = await asyncio.gather(*futures, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException) and not isinstance(result, StoreError):
+            raise result
+    return results
+
+
+def tell_read(hit: Hit | None, observers: tuple[Observer, ...]) -> None:
+    for observer in observers:
+        if hit is None:
+            observer.miss()
+        else:
+            observer.hit(hit.tier)
+            observer.saved(hit.head.cost)

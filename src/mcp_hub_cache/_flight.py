@@ -1,0 +1,252 @@
+"""Single flight: one load per key in a process, however many ask.
+
+Strategy: the work runs in a task that no caller owns. Callers wait on futures of their own; each may leave at any
+time. The last one to leave cancels the work.
+
+Rules:
+- A flight is found by its key and removed by its identity: one that was detached or cancelled can't take its
+  successor with it.
+- Landing, joining, leaving and detaching are synchronous. Between two awaits the table is consistent.
+- Who waits for whom is an edge between two *live* flights, added before waiting. A join that would close a circle is
+  an error at once: it could never end. The edge starts at the flight in whose context the caller runs; a task that
+  outlives its flight has none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any
+
+from ._exceptions import CircularLoadError
+
+_current: ContextVar[Flight | None] = ContextVar("mcp_hub_cache_flight", default=None)
+
+
+class Flight:
+    """One load in progress.
+
+    Attributes:
+        name: What to call it in errors.
+        anew: It will not make do with what there is already.
+        begun: Set by the work when it has begun what can't be shared with later comers who want it anew.
+        detached: Later comers no longer find it; what it yields goes to its waiters alone, if it has any.
+        parent: The live flight in whose context it was started.
+        group: What several flights have in common that are detached together.
+        landed: It is over.
+    """
+
+    __slots__ = (
+        "anew",
+        "begun",
+        "detached",
+        "error",
+        "group",
+        "home",
+        "key",
+        "landed",
+        "name",
+        "parent",
+        "result",
+        "task",
+        "trace",
+        "waiters",
+        "waits_for",
+    )
+
+    def __init__(
+        self, key: bytes, name: str, *, anew: bool, group: object, parent: Flight | None, home: Flights
+    ) -> None:
+        self.key = key
+        self.name = name
+        self.anew = anew
+        self.group = group
+        self.parent = parent
+        self.home = home
+        self.begun = False
+        self.detached = False
+        self.landed = False
+        self.task: asyncio.Task[None] | None = None
+        self.waiters: set[asyncio.Future[None]] = set()
+        self.waits_for: dict[Flight, int] = {}
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.trace: TracebackType | None = None
+
+    def route_to(self, goal: Flight) -> list[Flight] | None:
+        """Return the chain of flights by which this one waits for *goal*, both included; None if it does not."""
+        routes: list[list[Flight]] = [[self]]
+        seen: set[Flight] = {self}
+        for route in routes:
+            if route[-1] is goal:
+                return route
+            for other in route[-1].waits_for:
+                if other not in seen:
+                    seen.add(other)
+                    routes.append([*route, other])
+        return None
+
+
+class Flights:
+    """The flights of one event loop, by key."""
+
+    def __init__(self) -> None:
+        self._live: dict[bytes, Flight] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        """How many can be joined."""
+        return len(self._live)
+
+    def can_join(self, key: bytes) -> bool:
+        """Whether a load of *key* is in progress that later comers may share."""
+        return key in self._live
+
+    async def run(
+        self,
+        key: bytes,
+        name: str,
+        work: Callable[[Flight], Awaitable[Any]],
+        *,
+        anew: bool = False,
+        group: object = None,
+    ) -> tuple[Any, bool]:
+        """Return what *work* yields, and whether it was this call's own work.
+
+        Args:
+            key: What is loaded.
+            name: What to call it in errors.
+            work: Called with the flight if there is none to join.
+            group: Marks the flight for ``detach_all``.
+            anew: Join only a flight that is anew itself and has not begun yet; detach any other.
+
+        Raises:
+            CircularLoadError: The caller runs inside a load that the flight to join waits for.
+            BaseException: What *work* raised, unchanged, in every waiter.
+
+        Cancellation:
+            Only this caller leaves. If it was the last one, the work is cancelled.
+        """
+        flight = self._live.get(key)
+        caller = _current.get()
+        if caller is not None and caller.landed:
+            caller = None
+        if flight is not None and anew and (flight.begun or not flight.anew):
+            self._refuse_descent(key, caller)
+            self.detach(key)
+            flight = None
+        leads = flight is None
+        if flight is None:
+            self._refuse_descent(key, caller)
+            flight = self._live[key] = Flight(key, name, anew=anew, group=group, parent=caller, home=self)
+        elif caller is not None and (route := flight.route_to(caller)) is not None:
+            raise _circle([caller, *route])
+        if flight.task is None:
+            flight.task = asyncio.create_task(self._fly(flight, work), name="mcp-hub-cache load")
+            self._tasks.add(flight.task)
+            flight.task.add_done_callback(lambda task: self._ended(flight, task))
+        await self._wait(flight, caller)
+        if flight.error is not None:
+            # The trace as it was at landing: each waiter that raises the shared error would else lengthen it for all.
+            raise flight.error.with_traceback(flight.trace)
+        return flight.result, leads
+
+    def _refuse_descent(self, key: bytes, caller: Flight | None) -> None:
+        """Refuse a load inside one of the same key, detached or not: its loader would ask again, without end."""
+        chain: list[Flight] = []
+        while caller is not None and not caller.landed:
+            chain.append(caller)
+            if caller.key == key and caller.home is self:
+                raise _circle([*reversed(chain), caller])
+            caller = caller.parent
+
+    async def _wait(self, flight: Flight, caller: Flight | None) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        flight.waiters.add(future)
+        if caller is not None:
+            caller.waits_for[flight] = caller.waits_for.get(flight, 0) + 1
+        try:
+            await future
+        except asyncio.CancelledError:
+            flight.waiters.discard(future)
+            if not flight.waiters and not flight.landed:
+                self._drop(flight)
+                flight.detached = True  # a loader that swallows this must not have its result stored
+                assert flight.task is not None
+                flight.task.cancel()
+            raise
+        finally:
+            if caller is not None:
+                caller.waits_for[flight] -= 1
+                if not caller.waits_for[flight]:
+                    del caller.waits_for[flight]
+
+    async def _fly(self, flight: Flight, work: Callable[[Flight], Awaitable[Any]]) -> None:
+        _current.set(flight)
+        try:
+            flight.result = await work(flight)
+        except asyncio.CancelledError as error:
+            self._land(flight, error)
+            raise
+        except Exception as error:  # noqa: BLE001  # it goes to the waiters
+            self._land(flight, error)
+        except BaseException as error:
+            self._land(flight, error)
+            raise
+        else:
+            self._land(flight, None)
+
+    def _ended(self, flight: Flight, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not flight.landed:  # cancelled before its first step
+            self._land(flight, asyncio.CancelledError())
+
+    def _land(self, flight: Flight, error: BaseException | None) -> None:
+        self._drop(flight)
+        flight.landed = True
+        if error is not None:
+            flight.error = error
+            flight.trace = error.__traceback__
+        waiters, flight.waiters = flight.waiters, set()
+        for future in waiters:
+            if not future.done():
+                future.set_result(None)
+
+    def _drop(self, flight: Flight) -> None:
+        if self._live.get(flight.key) is flight:
+            del self._live[flight.key]
+
+    def detach(self, key: bytes) -> None:
+        """Let later callers start a new load of *key*; the one in progress serves those who wait for it."""
+        flight = self._live.pop(key, None)
+        if flight is not None:
+            flight.detached = True
+
+    def detach_all(self, prefix: bytes, group: object = None) -> None:
+        """Detach every flight whose key begins with *prefix*; only those of *group*, where one is given."""
+        for key, flight in list(self._live.items()):
+            if key.startswith(prefix) and group in {None, flight.group}:
+                self.detach(key)
+
+    def is_of_another(self, key: bytes, group: object) -> bool:
+        """Whether a load of *key* is in progress that is not of *group*."""
+        flight = self._live.get(key)
+        return flight is not None and flight.group != group
+
+    async def aclose(self) -> None:
+        """Cancel every load and wait for its end."""
+        self._live.clear()
+        me = asyncio.current_task()  # a loader may close the cache that it loads for
+        tasks = [task for task in self._tasks if task is not me]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _circle(chain: list[Flight]) -> CircularLoadError:
+    names = " -> ".join(flight.name for flight in chain)
+    return CircularLoadError(
+        f"loads wait for each other and would never end: {names}. A loader must not ask for itself."
+    )

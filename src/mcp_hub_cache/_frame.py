@@ -1,0 +1,242 @@
+r"""The frame: the one stored form of everything, the same bytes in a file, in Redis and in memory.
+
+Strategy: a head of fixed size, then the full key, the tag marks and the payload.
+
+    offset  size  field
+    0       4     magic b"\x89MHC"
+    4       1     version
+    5       1     kind (``Kind``)
+    6       1     codec (``_codec``)
+    7       1     flags (none defined in version 1: a set flag is a frame from the future)
+    8       8     token, random, new with every write
+    16      8     created        f64, seconds of the store's clock since the epoch
+    24      8     fresh_until    f64, inf: for ever
+    32      8     keep_until     f64, inf: for ever
+    40      4     load cost      f32, seconds the loader took; 0: unknown
+    44      2     key length
+    46      2     mark count
+    48      4     payload length
+    52      4     expanded length (equals payload length where nothing is compressed)
+    56      4     crc32 of everything behind the head
+    60      4     crc32 of the head's first 60 bytes
+    64            key, then marks of 24 bytes each (16: digest of the tag, 8: its mark), then the payload
+
+Rules:
+- All integers and floats are little-endian.
+- The body's checksum leaves the head out, so that ``touch`` and "not modified" rewrite 64 bytes alone.
+- The full key stands in the frame: bytes that are read under another key than their own are a miss, whatever
+  driver, proxy or other writer mixed them up.
+- Stores rely on three facts only, exported here: ``HEAD_SIZE``, ``TOKEN`` and ``peek``.
+- Whatever does not parse raises ``FrameError``; the engine makes that a miss. A version is never changed: a new one is
+  added, and golden frames of every version stay in the tests.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from typing import Final, NamedTuple
+from zlib import crc32
+
+MAGIC: Final = b"\x89MHC"
+VERSION: Final = 1
+HEAD_SIZE: Final = 64
+TOKEN: Final = slice(8, 16)
+TOKEN_SIZE: Final = 8
+MAX_KEY_BYTES: Final = 0xFFFF
+MAX_MARKS: Final = 0xFFFF
+
+_HEAD = struct.Struct("<4sBBBB8sdddfHHIII")  # the crc of these 60 bytes follows
+_CRC = struct.Struct("<I")
+_MARK_SIZE: Final = 24
+_MAX_U32: Final = 0xFFFF_FFFF
+
+# The crc32 of any bytes followed by their own little-endian crc32 is this constant (the "residue" of CRC-32, ISO 3309),
+# so a head is checked in one call, without slicing off its last field.
+_RESIDUE: Final = 0x2144_DF1C
+
+
+class Kind(IntEnum):
+    """What a frame is. Part of the stored format: values are never reused."""
+
+    ENTRY = 1
+    PLACEHOLDER = 2  # a load in progress: fence and lease in one
+    MARK = 3  # a tag's current mark
+    LEASE = 4  # limits refreshes of a stale entry; decides nothing
+    JOURNAL = 5  # a delete that a primary has still to see
+
+
+class FrameError(ValueError):
+    """Bytes that are no frame of this key. ``reason`` is one of foreign, truncated, newer, corrupt, wrong-key."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Head(NamedTuple):
+    """The fields of a head. Times are seconds of the store's clock since the epoch; ``math.inf``: for ever."""
+
+    kind: int
+    codec: int
+    flags: int
+    token: bytes
+    created: float
+    fresh_until: float
+    keep_until: float
+    cost: float
+    key_length: int
+    mark_count: int
+    payload_length: int
+    expanded_length: int
+    body_crc: int
+
+
+class Mark(NamedTuple):
+    """One tag that an entry was written under, and the tag's mark at that time."""
+
+    tag: bytes
+    mark: bytes
+
+
+class Frame(NamedTuple):
+    """A whole frame, verified. The payload is a view into the bytes it was read from: no copy."""
+
+    head: Head
+    marks: tuple[Mark, ...]
+    payload: memoryview
+
+
+def pack(
+    key: bytes,
+    payload: bytes,
+    *,
+    token: bytes,
+    created: float,
+    fresh_until: float,
+    keep_until: float,
+    kind: Kind = Kind.ENTRY,
+    codec: int = 0,
+    cost: float = 0.0,
+    marks: tuple[Mark, ...] = (),
+) -> bytes:
+    """Return the bytes to store under *key*.
+
+    Args:
+        key: The full store key, at most 65,535 bytes.
+        payload: The encoded value, less than 4 GiB.
+        token: 8 random bytes, new with every write.
+        created: When the value came to be, in the store's time.
+        fresh_until: End of freshness.
+        keep_until: When the store may drop it; never before *fresh_until*.
+        kind: What the frame is.
+        codec: How the payload is encoded.
+        cost: Seconds the load took; 0 if unknown.
+        marks: Tag digests of 16 bytes with marks of 8.
+
+    Raises:
+        ValueError: A part is longer than the format can say.
+    """
+    size = len(payload)
+    if len(key) > MAX_KEY_BYTES or len(marks) > MAX_MARKS or size > _MAX_U32 or len(token) != TOKEN_SIZE:
+        raise ValueError(f"no frame can hold a key of {len(key)} bytes, {len(marks)} marks and {size} bytes of payload")
+    front = b"".join((key, *(part for mark in marks for part in mark))) if marks else key
+    body_crc = crc32(payload, crc32(front))
+    head = _seal(
+        Head(
+            kind, codec, 0, token, created, fresh_until, keep_until, cost, len(key), len(marks), size, size, body_crc
+        )
+    )  # fmt: skip
+    return b"".join((head, front, payload))
+
+
+def _seal(head: Head) -> bytes:
+    packed = _HEAD.pack(MAGIC, VERSION, *head)
+    return packed + _CRC.pack(crc32(packed))
+
+
+def unpack_head(data: bytes | memoryview) -> Head:
+    """Return the verified head of *data*, which may be the head alone or a whole frame.
+
+    Raises:
+        FrameError: Not a head, or one of a version that this code does not know.
+    """
+    if data[:4] != MAGIC:
+        raise FrameError("foreign")
+    if len(data) < HEAD_SIZE:
+        raise FrameError("truncated")
+    if crc32(data[:HEAD_SIZE]) != _RESIDUE:
+        raise FrameError("corrupt")
+    _, version, *fields = _HEAD.unpack_from(data)
+    head = Head(*fields)
+    if version != VERSION or head.flags:
+        raise FrameError("newer")
+    return head
+
+
+def unpack(data: bytes, key: bytes) -> Frame:
+    """Return the verified frame that *data* holds for *key*.
+
+    Raises:
+        FrameError: Anything else than an intact frame of exactly this key.
+    """
+    head = unpack_head(data)
+    view = memoryview(data)
+    start = HEAD_SIZE + head.key_length
+    payload_at = start + head.mark_count * _MARK_SIZE
+    if len(data) != payload_at + head.payload_length:
+        raise FrameError("truncated")
+    if crc32(view[HEAD_SIZE:]) != head.body_crc:
+        raise FrameError("corrupt")
+    if view[HEAD_SIZE:start] != key:
+        raise FrameError("wrong-key")
+    marks = tuple(
+        Mark(data[at : at + 16], data[at + 16 : at + _MARK_SIZE]) for at in range(start, payload_at, _MARK_SIZE)
+    )
+    return Frame(head, marks, view[payload_at:])
+
+
+def patch_head(head: Head, *, fresh_until: float, keep_until: float) -> bytes:
+    """Return 64 bytes that replace *head*: other times, the same token and payload."""
+    return _seal(head._replace(fresh_until=fresh_until, keep_until=keep_until))
+
+
+def shorten(frame: bytes, keep_until: float) -> bytes:
+    """Return *frame* with freshness and keeping cut down to *keep_until*; never prolonged."""
+    head = unpack_head(frame)
+    fresh = min(head.fresh_until, keep_until)
+    return patch_head(head, fresh_until=fresh, keep_until=min(head.keep_until, keep_until)) + frame[HEAD_SIZE:]
+
+
+def placeholder(key: bytes, token: bytes, now: float, hold: float) -> bytes:
+    """Return the frame that says "being loaded": planted by ``begin_many``, kept for *hold* seconds."""
+    until = now + hold
+    return pack(
+        key, b"", kind=Kind.PLACEHOLDER, token=token, created=now, fresh_until=until, keep_until=until
+    )  # fmt: skip
+
+
+def key_of(data: bytes) -> bytes:
+    """Return the full key that *data* claims to be of: for sweeps, which start from files and not from keys.
+
+    Raises:
+        FrameError: No head, or fewer bytes than head and key take.
+    """
+    head = unpack_head(data)
+    key = data[HEAD_SIZE : HEAD_SIZE + head.key_length]
+    if len(key) != head.key_length:
+        raise FrameError("truncated")
+    return key
+
+
+def peek(data: bytes) -> Head | None:
+    """Return the head of *data*, or None where it has none that this code can read."""
+    try:
+        return unpack_head(data)
+    except FrameError:
+        return None
+
+
+def is_live(head: Head | None, now: float) -> bool:
+    """Whether a store must still keep what *head* stands for."""
+    return head is not None and now < head.keep_until

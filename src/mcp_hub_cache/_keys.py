@@ -1,0 +1,233 @@
+"""Names: where a cache's keys stand in a store, and how a function's arguments become a key.
+
+Strategy: a store key is ``prefix + namespace + ":" + kind letter + ":" + name``. A function's key is a readable name
+and a digest over the function's identity and its bound arguments, spelled in the first of three forms that fits:
+
+    1   all exact str, int, bool or None: JSON by orjson
+    2   plain JSON by the codec's check: JSON with sorted keys
+    3   anything else that has a stable form: the tagged form, ordered
+
+Rules:
+- Injective: two calls have one key exactly where their arguments are equal and of the same types (1, 1.0, True and
+  "1" are four keys; 0.0 and -0.0 two). The form is part of the bytes; what is joined is length-prefixed.
+- Stable: the same key in every process on every machine. Never ``repr``, never ``id``; what has no stable form is an
+  error that names the argument.
+- Arguments are digested, never shown: no key made here holds one (``template`` in ``_bind`` does, and says so).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from inspect import unwrap
+from typing import Any, Final, NamedTuple
+
+import orjson
+
+from ._bind import Binder, bind, bound_names, template
+from ._classes import module_name
+from ._codec import is_plain, uncacheable
+from ._exceptions import InvalidKeyError, UncacheableError
+from ._shapes import Refusal
+from ._tagged import Tagger, canonical, find_any
+
+__all__ = [
+    "Binder",
+    "FunctionName",
+    "KeySpace",
+    "argument_bytes",
+    "bind",
+    "bound_names",
+    "digest",
+    "function_name",
+    "join",
+    "namer",
+    "template",
+]
+
+MAX_KEY_LENGTH: Final = 1024
+MAX_ARGUMENT_DEPTH: Final = 100
+
+_NAMESPACE: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_PREFIX: Final = re.compile(r"""(?:(?![*?"'`\[\]\\])[!-~]){0,64}""")
+_UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.-]+")
+_SCALARS: Final = frozenset((str, int, bool, type(None)))
+_DIGEST_SIZE: Final = 16
+_READABLE_LENGTH: Final = 100
+_SHOWN: Final = 40
+_ADVICE: Final = "; leave it out with ignore=, or say with key= what stands for it"
+
+
+@dataclass(frozen=True, slots=True)
+class KeySpace:
+    """The part of a store that is one cache's: everything under one prefix and namespace.
+
+    Args:
+        prefix: Stands before all keys: up to 64 printable ASCII characters without spaces, quotes, backslash or any of
+            ``*?[]``; may be empty.
+        namespace: 1 to 64 of ``A-Z a-z 0-9 _ . -``, not "." or "..". Holding no colon, no two namespaces share a key.
+
+    Attributes:
+        root: Everything of this namespace starts with it.
+        entries: All entries start with it.
+
+    Raises:
+        ValueError: Prefix or namespace is not as above.
+    """
+
+    prefix: str = "mcp_hub:"
+    namespace: str = "default"
+    root: bytes = field(init=False, repr=False, compare=False)
+    entries: bytes = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for part in (self.prefix, self.namespace):
+            _as_str(part)
+        if not _NAMESPACE.fullmatch(self.namespace) or self.namespace in {".", ".."}:
+            raise ValueError(f"a namespace is 1 to 64 of A-Z a-z 0-9 _ . - (not . or ..), not {_show(self.namespace)}")
+        if not _PREFIX.fullmatch(self.prefix):
+            raise ValueError(
+                "a key prefix is at most 64 printable ASCII characters without spaces, quotes, backslash or any of "
+                f"*?[], not {_show(self.prefix)}"
+            )
+        root = f"{self.prefix}{self.namespace}:".encode("ascii")
+        object.__setattr__(self, "root", root)
+        object.__setattr__(self, "entries", root + b"e:")
+
+    def entry(self, name: str, max_length: int = MAX_KEY_LENGTH) -> bytes:
+        """Return the store key of the entry *name*.
+
+        Raises:
+            TypeError: *name* is no str.
+            InvalidKeyError: It is empty, longer than *max_length* characters, or not encodable as UTF-8.
+        """
+        text = name if type(name) is str else _as_str(name)
+        if not 0 < len(text) <= max_length:
+            if not text:
+                raise InvalidKeyError("a key has at least one character")
+            raise InvalidKeyError(f"a key has at most {max_length:,} characters; {_show(text)} has {len(text):,}")
+        try:
+            return self.entries + text.encode()
+        except UnicodeEncodeError:
+            raise InvalidKeyError(f"the key {_show(text)} has lone surrogates, which UTF-8 can't hold") from None
+
+    def name_of(self, key: bytes) -> str | None:
+        """Return the name that *key* is the entry of; None where it is no entry of this namespace."""
+        if not key.startswith(self.entries) or len(key) == len(self.entries):
+            return None
+        try:
+            return key[len(self.entries) :].decode()
+        except UnicodeDecodeError:
+            return None
+
+
+def _as_str(name: object) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"a key, prefix or namespace is a str, not {type(name).__name__}")
+    return str.__str__(name)
+
+
+def _show(text: str) -> str:
+    return ascii(text) if len(text) <= _SHOWN else ascii(text[:_SHOWN]) + "..."
+
+
+def argument_bytes(names: Sequence[str], values: tuple[object, ...]) -> bytes:
+    """Return bytes that are equal exactly where *values* are equal and of the same types.
+
+    Args:
+        names: The parameters' names, for errors.
+        values: What was bound to them, defaults applied.
+
+    Raises:
+        UncacheableError: An argument has no stable form; names it and the type, never the content.
+    """
+    try:
+        if _SCALARS.issuperset(map(type, values)):
+            try:
+                return b"1" + orjson.dumps(values)
+            except TypeError:  # an integer beyond 64 bits, a lone surrogate
+                pass
+        elif is_plain(plain := list(values), MAX_ARGUMENT_DEPTH):
+            try:
+                return b"2" + canonical(plain)
+            except TypeError:
+                pass
+    except Exception:  # noqa: BLE001, S110  # a type that can't be hashed: the walk below names it
+        pass
+    tagger = Tagger(find_any, ordered=True, max_depth=MAX_ARGUMENT_DEPTH)
+    tagged = []
+    for name, value in zip(names, values, strict=True):
+        where = f"argument {name}"
+        try:
+            tagged.append(tagger.tag(value))
+        except Refusal as refusal:
+            raise uncacheable(where, refusal, _ADVICE) from None
+        except RecursionError:
+            raise UncacheableError(f"{where}: there is no stack left to walk through it", where=where) from None
+        except Exception as error:  # noqa: BLE001  # whatever a user's own class raises when it is looked at
+            raise UncacheableError(f"{where}: reading it raised {type(error).__name__}", where=where) from None
+    return b"3" + canonical(tagged)
+
+
+def digest(*parts: bytes) -> str:
+    """Return 32 hex digits over *parts*; ``digest(b"a", b"bc")`` is another than ``digest(b"ab", b"c")``."""
+    return blake2b(join(*parts), digest_size=_DIGEST_SIZE).hexdigest()
+
+
+def join(*parts: bytes) -> bytes:
+    """Return *parts*, each behind its length in 8 bytes: no two lists of parts give the same bytes."""
+    return b"".join([piece for part in parts for piece in (len(part).to_bytes(8, "little"), part)])
+
+
+class FunctionName(NamedTuple):
+    """A function's names.
+
+    Attributes:
+        readable: For people: ``A-Z a-z 0-9 _ . -`` alone, safe in a shell and in a glob, at most 100 characters.
+        identity: What tells it from every other function: true module and qualified name.
+    """
+
+    readable: str
+    identity: str
+
+
+def function_name(func: Callable[..., object]) -> FunctionName:
+    """Return the names of *func*.
+
+    Raises:
+        TypeError: It is no function: it has no qualified name.
+    """
+    inner: Any = unwrap(func)
+    qualname, module = getattr(inner, "__qualname__", None), getattr(inner, "__module__", None)
+    if not isinstance(qualname, str):
+        raise TypeError(f"a {type(func).__name__} is no function: it has no qualified name to make keys of")
+    true_module = module_name(module) if isinstance(module, str) else ""
+    # A script's true module is its path: for people, the file's name will do.
+    shown = re.split(r"[/\\]", true_module)[-1].removesuffix(".py")
+    readable = _UNSAFE.sub("_", f"{shown}.{qualname.replace('.<locals>', '')}").strip("_.")
+    return FunctionName(readable[-_READABLE_LENGTH:].lstrip("_.-"), f"{true_module}:{qualname}")
+
+
+def namer(readable: str, identity: Sequence[bytes], names: Sequence[str]) -> Callable[[tuple[object, ...]], str]:
+    """Return the function that makes a key's name, ``readable:digest``, from bound arguments.
+
+    Args:
+        readable: Stands before the digest.
+        identity: All that tells these keys from others: the function's identity, version, fingerprint of its classes.
+        names: The parameters' names, for errors. What else must tell calls apart (a scope) is one more argument.
+    """
+    # No form begins with a zero byte: the empty part behind the identity is where it ends.
+    start = join(*identity, b"")
+    dumps, scalars = orjson.dumps, _SCALARS
+
+    def name(values: tuple[object, ...]) -> str:
+        try:
+            spelled = b"1" + dumps(values) if scalars.issuperset(map(type, values)) else b""
+        except TypeError:
+            spelled = b""
+        spelled = spelled or argument_bytes(names, values)
+        return f"{readable}:{blake2b(start + spelled, digest_size=_DIGEST_SIZE).hexdigest()}"
+
+    return name

@@ -1,0 +1,123 @@
+"""State that belongs to one event loop at a time.
+
+Futures, tasks and transports are bound to the loop that made them; caches and stores are not. Everything loop-bound
+therefore stands in one state object, made at first use and replaced when the loop is another one:
+
+- the loop is the same: the state goes on;
+- the old loop has ended, or belongs to the parent of this forked process: the state is abandoned without touching it
+  (its transports died with the loop, and a child must write nothing to what it inherited);
+- the old loop still runs in this process: that is a mistake, and said so.
+
+The state is also closed when ``asyncio.run`` ends: an async generator that the loop holds does it, since loops finalise
+those (PEP 525) after they have cancelled their tasks. Only the outermost owner asks for that; it closes its parts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Generic, TypeVar
+
+from ._exceptions import WrongLoopError
+
+T = TypeVar("T")
+
+
+class PerLoop(Generic[T]):
+    """Holds a ``T`` for the running loop.
+
+    Args:
+        make: Called with the running loop when there is no state for it.
+        owner: What to call the owner in an error.
+        close: Awaited with the state by ``aclose``, and at the end of ``asyncio.run`` where *at_loop_end* says so.
+        at_loop_end: False for what is part of something else that closes it: a loop closes all at once, in no order.
+    """
+
+    __slots__ = ("_abandoned", "_at_loop_end", "_close", "_guard", "_loop", "_make", "_owner", "_pid", "_state")
+
+    def __init__(
+        self,
+        make: Callable[[asyncio.AbstractEventLoop], T],
+        *,
+        owner: str,
+        close: Callable[[T], Awaitable[None]] | None = None,
+        at_loop_end: bool = True,
+    ) -> None:
+        self._at_loop_end = at_loop_end and close is not None
+        self._make = make
+        self._owner = owner
+        self._close = close
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = 0
+        self._state: T | None = None
+        self._guard: AsyncGenerator[None, None] | None = None
+        self._abandoned: list[T] = []
+
+    def get(self) -> T:
+        """Return the running loop's state, made now if there is none.
+
+        Raises:
+            WrongLoopError: Another loop that still runs holds it.
+            RuntimeError: No loop runs.
+        """
+        loop = asyncio.get_running_loop()
+        if loop is self._loop and self._state is not None and self._pid == os.getpid():
+            return self._state
+        return self._renew(loop)
+
+    def peek(self) -> T | None:
+        """Return the state if it is the running loop's, else None."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return None
+        return self._state if loop is self._loop and self._pid == os.getpid() else None
+
+    def _renew(self, loop: asyncio.AbstractEventLoop) -> T:
+        old = self._loop
+        forked = self._pid != os.getpid()
+        if self._state is not None and old is not None and old is not loop and old.is_running() and not forked:
+            raise WrongLoopError(
+                f"{self._owner} is in use by another event loop that is still running. Give each running loop a cache "
+                "of its own, or use the default cache (one per loop)."
+            )
+        if forked and self._state is not None:
+            # Kept for the life of the process: finalising an inherited transport would touch the parent's connection.
+            self._abandoned.append(self._state)
+        self._pid = os.getpid()
+        self._loop = loop
+        self._state = state = self._make(loop)
+        if self._at_loop_end:
+            self._guard = self._watch(state)
+            # One step by hand: it runs up to its yield, which is what registers it with the loop.
+            try:
+                self._guard.__anext__().send(None)
+            except StopIteration:
+                pass
+        return state
+
+    async def _watch(self, state: T) -> AsyncGenerator[None, None]:
+        try:
+            yield
+        finally:
+            if self._state is state:
+                await self._end(state)
+
+    async def _end(self, state: T) -> None:
+        self._state = self._loop = None
+        if self._close is not None:
+            await self._close(state)
+
+    async def aclose(self) -> None:
+        """Close the running loop's state, if there is one. Another loop's is left alone."""
+        state = self.peek()
+        if state is None:
+            return
+        guard, self._guard = self._guard, None
+        try:
+            await self._end(state)
+        finally:
+            # Only now, when it has nothing left to await: the loop may be closing it at the same time.
+            if guard is not None:
+                await guard.aclose()

@@ -1,0 +1,216 @@
+"""Ways to a cache: the ready-made ones, the one that the environment asks for, and the default of a loop.
+
+Rules:
+- redis and pydantic take 150 to 250 ms to import. They are imported here when a cache that needs them is made, and
+  for the default cache, which is made while a loop runs, in a thread.
+- A cache on Redis always stands behind a breaker, with a standby or without: a server that is away costs one
+  deadline, not one a call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
+from weakref import WeakKeyDictionary
+
+from ._async_cache import Seconds
+from ._cache import Cache
+from ._policy import seconds
+from ._protocols import Observer, Store
+
+if TYPE_CHECKING:
+    from ._settings import Settings
+    from .stores.failover import FailoverStore
+    from .stores.redis import RedisStore
+
+
+_SHARE: Final = 0.8  # of an operation's deadline, for one round trip to Redis: what is left is the standby's
+
+
+class CacheOptions(TypedDict, total=False):
+    """What every ready-made cache takes; see ``Cache``."""
+
+    namespace: str
+    default_ttl: Seconds
+    prefix: str
+    timeout: Seconds
+    l1_max_entries: int
+    l1_max_bytes: int
+    max_key_length: int
+    max_value_bytes: int
+    observer: Observer | None
+
+
+class MemoryCache(Cache):
+    """A cache in this process's memory.
+
+    Args:
+        max_bytes: Room for keys and values; the least recently used go first. None: no bound.
+        **options: See ``Cache``.
+    """
+
+    def __init__(self, *, max_bytes: int | None = 256 * 1024 * 1024, **options: Unpack[CacheOptions]) -> None:
+        from .stores.memory import MemoryStore
+
+        super().__init__(MemoryStore(max_bytes=max_bytes), **options)
+
+
+class FileCache(Cache):
+    """A cache in a folder that any number of processes may share. No server needed.
+
+    Args:
+        directory: The folder; everything is kept in ``mcp_hub_cache`` inside it, which is made when it is first used.
+        max_bytes: Room on disk; the least recently used go first. None: no bound.
+        **options: See ``Cache``.
+    """
+
+    def __init__(
+        self, directory: str | Path = "cache", *, max_bytes: int | None = 1024**3, **options: Unpack[CacheOptions]
+    ) -> None:
+        super().__init__(_file_store(directory, max_bytes, options.get("prefix", "mcp_hub:")), **options)
+
+
+class RedisCache(Cache):
+    """A cache on a Redis or Valkey server that a fleet shares.
+
+    While the server is away, reads miss and writes are dropped (``fallback`` None), or a standby serves.
+
+    Args:
+        url: ``redis://[user:password@]host:port/db``, ``rediss://`` for TLS, ``unix:///path``.
+        username: Used where the URL has neither a user nor a password.
+        password: The same.
+        ca_certs: A file of CA certificates to trust, for TLS.
+        tls_insecure: Do not verify the server's certificate. Anybody between you and it can then read and forge.
+        max_connections: At most so many connections; 1 or more.
+        fallback: A store that serves while the server is away, such as ``FileStore("cache")``.
+        **options: See ``Cache``.
+
+    Raises:
+        ValueError: The URL is none, or contradicts other options.
+    """
+
+    def __init__(
+        self,
+        url: str = "redis://localhost:6379/0",
+        *,
+        username: str | None = None,
+        password: str | None = None,
+        ca_certs: str | Path | None = None,
+        tls_insecure: bool = False,
+        max_connections: int = 50,
+        fallback: Store | None = None,
+        **options: Unpack[CacheOptions],
+    ) -> None:
+        from .stores.redis import RedisStore
+
+        store = RedisStore(
+            url,
+            username=username,
+            password=password,
+            ca_certs=ca_certs,
+            tls_insecure=tls_insecure,
+            timeout=_SHARE * seconds(options.get("timeout", 0.5), "timeout"),
+            max_connections=max_connections,
+        )
+        super().__init__(_guarded(store, fallback, options.get("prefix", "mcp_hub:")), **options)
+
+
+def open_cache(settings: Settings | None = None, **overrides: Any) -> Cache:
+    """Return the cache that the environment and ``.env`` ask for. Nothing is touched before its first use.
+
+    Args:
+        settings: What ``load_settings`` returned; None: read them now.
+        **overrides: Settings by their names in lower case, such as ``cache_backend="memory"``; they win over the
+            environment.
+
+    Raises:
+        SettingsError: A setting has a wrong value; the error names the variable, what it held, and what it takes.
+        TypeError: An override is no setting.
+
+    Example:
+        >>> async with open_cache() as cache:
+        ...     await cache.set("plan:42", {"steps": []}, ttl="10m")
+    """
+    if settings is None:
+        from ._settings import load_settings
+
+        settings = load_settings(**overrides)
+    elif overrides:
+        raise TypeError("pass settings or overrides, not both")
+    return Cache(
+        _store(settings),
+        namespace=settings.cache_namespace,
+        default_ttl=settings.cache_default_ttl,
+        prefix=settings.cache_key_prefix,
+        timeout=settings.cache_timeout,
+        l1_max_entries=settings.cache_l1_max_entries,
+        l1_max_bytes=settings.cache_l1_max_bytes,
+    )
+
+
+def _store(settings: Settings) -> Store:
+    if settings.cache_backend == "memory":
+        from .stores.memory import MemoryStore
+
+        return MemoryStore()
+    if settings.cache_backend == "file":
+        return _file_store(settings.cache_dir, settings.cache_max_bytes, settings.cache_key_prefix)
+    from .stores.redis import RedisStore
+
+    def secret(value: Any) -> str | None:
+        return None if value is None else value.get_secret_value()
+
+    store = RedisStore(
+        secret(settings.redis_url),
+        host=settings.redis_host,
+        port=settings.redis_port,
+        db=settings.redis_db,
+        username=settings.redis_username,
+        password=secret(settings.redis_password),
+        ssl=settings.redis_ssl,
+        ca_certs=settings.redis_ca_certs,
+        tls_insecure=settings.redis_tls_insecure,
+        timeout=_SHARE * settings.cache_timeout,
+        max_connections=settings.redis_max_connections,
+    )
+    return _guarded(store, _fallback(settings), settings.cache_key_prefix)
+
+
+def _fallback(settings: Settings) -> Store | None:
+    if settings.cache_fallback == "memory":
+        from .stores.memory import MemoryStore
+
+        return MemoryStore()
+    if settings.cache_fallback == "file":
+        # A folder of its own: what a file cache keeps there is older than what Redis has.
+        return _file_store(settings.cache_dir / "standby", settings.cache_max_bytes, settings.cache_key_prefix)
+    return None
+
+
+def _file_store(directory: str | Path, max_bytes: int | None, prefix: str) -> Store:
+    from .stores.file import FileStore
+
+    return FileStore(directory, prefix=prefix, max_bytes=max_bytes)
+
+
+def _guarded(store: RedisStore, standby: Store | None, prefix: str) -> FailoverStore:
+    from .stores.failover import FailoverStore
+
+    return FailoverStore(store, standby, prefix=prefix.encode())
+
+
+_defaults: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Future[Cache]] = WeakKeyDictionary()
+
+
+async def default_cache() -> Cache:
+    """Return the running loop's default cache, opened from the environment by whoever asks first.
+
+    Raises:
+        SettingsError: A setting has a wrong value. The next call reads the settings again.
+    """
+    loop = asyncio.get_running_loop()
+    opening = _defaults.get(loop)
+    if opening is None or (opening.done() and (opening.cancelled() or opening.exception() is not None)):
+        opening = _defaults[loop] = asyncio.ensure_future(asyncio.to_thread(open_cache))
+    return opening.result() if opening.done() else await asyncio.shield(opening)

@@ -1,0 +1,103 @@
+"""Placeholders: what a load plants before it calls its loader, keeps while it runs, gives back if it stores nothing.
+
+Strategy: one frame is at once the re-check, the fence and the lease (Facebook's memcache leases, NSDI 2013; here with
+a random token in place of a counter). One task renews all that this process holds; nothing is renewed while nothing
+is held.
+
+Rules:
+- What is held is known by the identity of its ``Held``: a load that has lost its place to a later one of the same key
+  gives nothing back.
+- A process that dies loses its placeholders after ``HOLD`` seconds, and with them the right to write.
+- Giving back never waits: a cancelled load does it too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Final
+
+from ._exceptions import StoreError
+from ._lines import Lines
+from ._protocols import Begun, Held, Leases, Store
+
+HOLD: Final = 10.0
+"""Seconds that a placeholder outlives its holder."""
+
+
+class Placeholders:
+    """Those of one event loop.
+
+    Args:
+        store: Where they are planted.
+        lines: The way there.
+        trouble: Told of the store's errors.
+    """
+
+    def __init__(self, store: Store, lines: Lines, trouble: Callable[[StoreError], None]) -> None:
+        self._lines = lines
+        self._trouble = trouble
+        self._held: dict[bytes, Held] = {}
+        self._renewer: asyncio.Task[None] | None = None
+        self._leases = store if isinstance(store, Leases) else None
+        # Bound once: a line tells kinds of requests apart by the identity of their call.
+        self._begin = partial(store.begin_many, hold=HOLD)
+        self._release = self._release_many
+        if self._leases is not None:
+            self._renew = partial(self._leases.renew_many, hold=HOLD)
+
+    async def begin(self, key: bytes) -> Begun | None:
+        """See ``Store.begin_many``; None if the store could not be told."""
+        try:
+            begun: Begun = await self._lines.write(self._begin, key, key)
+        except StoreError as error:
+            self._trouble(error)
+            return None
+        return begun
+
+    def hold(self, key: bytes, begun: Begun) -> Held | None:
+        """Keep what *begun* planted alive; None if it is another process's.
+
+        A placeholder of this process's own, of a load that was detached, is taken over from it.
+        """
+        before = self._held.get(key)
+        if not begun.leader and (before is None or before.fence != begun.fence):
+            return None
+        held = self._held[key] = Held(key, begun.fence)
+        if self._leases is not None and (self._renewer is None or self._renewer.done()):
+            self._renewer = asyncio.create_task(self._renew_all(), name="mcp-hub-cache placeholders")
+        return held
+
+    def end(self, held: Held, *, stored: bool) -> None:
+        """Stop keeping *held* alive; where nothing was stored in its place, remove it."""
+        if self._held.get(held.key) is not held:
+            return
+        del self._held[held.key]
+        if not stored and self._leases is not None:
+            self._lines.write(self._release, held.key, held).add_done_callback(_heed)
+
+    async def _release_many(self, held: Sequence[Held]) -> list[None]:
+        assert self._leases is not None
+        await self._leases.release_many(held)
+        return [None] * len(held)
+
+    async def _renew_all(self) -> None:
+        while True:
+            await asyncio.sleep(HOLD / 3)
+            if not self._held:
+                return
+            futures = [self._lines.write(self._renew, key, held) for key, held in self._held.items()]
+            await asyncio.gather(*futures, return_exceptions=True)
+
+    async def aclose(self) -> None:
+        """End the renewing."""
+        if self._renewer is not None:
+            self._renewer.cancel()
+            await asyncio.gather(self._renewer, return_exceptions=True)
+
+
+def _heed(future: asyncio.Future[Any]) -> None:
+    """Take note of a result that nobody waits for."""
+    if not future.cancelled():
+        future.exception()

@@ -1,0 +1,188 @@
+"""The store that calls go to as long as it can be reached, and what is done around each of them.
+
+Rules:
+- How a call ended is reported (``_failover_keeper``) before anybody hears of it.
+- What the journal covers reads as a miss, whether it was noted before the call or while it was under way. It is deleted
+  here before anything of it is begun or written, so that no replay ever comes after a newer write.
+- A set, delete or clear that failed is noted, and so is one that was cut off: nobody knows whether it was done.
+- Loads stand apart. Their fenced writes say nothing about what stood there before, so they are noted only when in
+  doubt; otherwise a full server would have its prefix cleared by those who can't store. One whose key the journal
+  covers is refused by what is deleted first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Final, TypeVar, cast
+
+from .._exceptions import StoreError, StoreProtocolError
+from .._protocols import Begun, Fence, Held, Leases, Outcome, Patch, Store, Write
+from ._failover_journal import Journal
+from ._failover_keeper import Keeper
+
+T = TypeVar("T")
+W = TypeVar("W", bound=Write | Patch)
+Frames = list[bytes | None]
+
+_NONE: Final[frozenset[bytes]] = frozenset()
+
+
+def fitted(items: Sequence[W], made: int, store: Store) -> list[W]:
+    """Return *items*, with fences that name the store *made* taken for fences of *store*.
+
+    Whoever reads a frame through a ``FailoverStore`` can only name that one; the token says whether it is still there.
+    """
+    return [
+        cast("W", item._replace(fence=Fence(store.id, item.fence.token)))
+        if item.fence is not None and item.fence.store == made
+        else item
+        for item in items
+    ]
+
+
+class Primary:
+    """A store, with everything that must happen when it fails.
+
+    Args:
+        store: Where the bytes go.
+        keeper: Told how every call ended.
+        journal: What must not be believed.
+    """
+
+    def __init__(self, store: Store, keeper: Keeper, journal: Journal) -> None:
+        self.store = store
+        self._keeper = keeper
+        self._journal = journal
+
+    def _covered(self, keys: Sequence[bytes]) -> frozenset[bytes]:
+        if not len(self._journal):
+            return _NONE
+        self._keeper.watch()
+        return self._journal.among(keys)
+
+    async def _told(self, name: str, asked: Awaitable[T], note: Callable[[], None] | None = None) -> T:
+        try:
+            answer = await asked
+        except BaseException as error:
+            if note is not None:
+                note()
+            if isinstance(error, StoreError):
+                self._keeper.failed(name, error)
+            raise
+        self._keeper.answered(name)
+        return answer
+
+    # Reading
+
+    async def get_many(self, keys: Sequence[bytes]) -> Frames:
+        """See ``Store``; so for all that follow."""
+        return await self.read("get", self.store.get_many(keys), keys)
+
+    async def head_many(self, keys: Sequence[bytes]) -> Frames:
+        """See ``Store``."""
+        return await self.read("head", self.store.head_many(keys), keys)
+
+    async def read(self, name: str, asked: Awaitable[Frames], keys: Sequence[bytes]) -> Frames:
+        """Await what was *asked* just now, and take out what must not be believed."""
+        covered = self._covered(keys)
+        frames = await self._told(name, asked)
+        covered |= self._covered(keys)
+        if not covered:
+            return frames
+        return [None if key in covered else frame for key, frame in zip(keys, frames, strict=True)]
+
+    async def scan(self, prefix: bytes) -> AsyncGenerator[list[tuple[bytes, bytes]], None]:
+        """See ``Store``."""
+        try:
+            async with aclosing(self.store.scan(prefix)) as pages:
+                async for page in pages:
+                    covered = self._covered([key for key, _ in page])
+                    yield [item for item in page if item[0] not in covered] if covered else page
+        except StoreError as error:
+            self._keeper.failed("scan", error)
+            raise
+        self._keeper.answered("scan")
+
+    # Beginning and writing
+
+    async def begin_many(self, keys: Sequence[bytes], *, hold: float) -> list[Begun]:
+        """See ``Store``."""
+
+        async def begin() -> list[Begun]:
+            await self._settle(keys)
+            return await self.store.begin_many(keys, hold=hold)
+
+        return await self._told("begin", begin())
+
+    async def _settle(self, keys: Sequence[bytes]) -> None:
+        if covered := self._covered(keys):
+            await self._keeper.settle(covered)
+
+    async def change(
+        self, name: str, ask: Callable[[Sequence[W]], Awaitable[list[Outcome]]], items: Sequence[W]
+    ) -> list[Outcome]:
+        """Write or patch. An outage of the whole call is the outcome of each item that was sent.
+
+        Raises:
+            StoreError: The call failed as a whole, for another reason.
+        """
+        outcomes: list[Outcome] = ["refused"] * len(items)
+        sent = {at: item for at, item in enumerate(items) if item.fence is None or item.fence.store == self.store.id}
+        if not sent:
+            return outcomes
+        batch, failure = list(sent.values()), None
+        try:
+            await self._settle([item.key for item in batch])
+            answers: Sequence[Outcome] = await ask(batch)
+        except StoreError as error:
+            answers, failure = [error] * len(batch), error
+        except BaseException:
+            self._keeper.note(item.key for item in batch if item.fence is None)
+            raise
+        failed: dict[int, StoreError] = {}
+        for at, answer in zip(sent, answers, strict=True):
+            outcomes[at] = answer
+            if isinstance(answer, StoreError):
+                failed[at] = answer
+        if not failed:
+            self._keeper.answered(name)
+            return outcomes
+        self._keeper.note(sent[at].key for at, error in failed.items() if sent[at].fence is None or _in_doubt(error))
+        self._keeper.failed(name, next(iter(failed.values())))  # one round trip, one failure
+        if failure is not None and not failure.outage:
+            raise failure
+        return outcomes
+
+    async def delete_many(self, keys: Sequence[bytes]) -> Frames:
+        """See ``Store``."""
+        return await self._told("delete", self.store.delete_many(keys), lambda: self._keeper.note(keys))
+
+    async def clear(self, prefix: bytes) -> int:
+        """See ``Store``."""
+        return await self._told("clear", self.store.clear(prefix), lambda: self._keeper.note_prefix(prefix))
+
+    # The rest
+
+    async def ping(self) -> None:
+        """See ``Store``."""
+        await self._told("ping", self.store.ping())
+
+    async def info(self) -> Mapping[str, str | int | float]:
+        """See ``Store``."""
+        return await self._told("info", self.store.info())
+
+    async def renew_many(self, held: Sequence[Held], *, hold: float) -> list[bool]:
+        """See ``Leases``."""
+        assert isinstance(self.store, Leases)
+        return await self._told("renew", self.store.renew_many(held, hold=hold))
+
+    async def release_many(self, held: Sequence[Held]) -> None:
+        """See ``Leases``."""
+        assert isinstance(self.store, Leases)
+        await self._told("release", self.store.release_many(held))
+
+
+def _in_doubt(error: StoreError) -> bool:
+    """Whether what failed with *error* may have been done all the same."""
+    return error.outage or isinstance(error, StoreProtocolError) or type(error) is StoreError

@@ -1,0 +1,132 @@
+"""The store that serves while the primary is away, and what of it may be believed.
+
+Rules:
+- What is in it from before this outage counts as absent. It may have been left by an earlier outage, by a process that
+  was killed, or by a neighbour that shares the folder, and have been deleted in the primary since. An entry is told by
+  its ``created``, on this store's clock, against the moment of the first failure. So nothing has to be cleared before
+  it may serve.
+- Nothing lives in it for longer than its ttl: what other processes delete is not known here.
+- A frame may have been made by another clock, the primary's. One that looks older than the outage, or newer than now,
+  is taken for made now.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from .._exceptions import StoreError
+from .._frame import HEAD_SIZE, patch_head, peek
+from .._protocols import Begun, Held, Leases, Outcome, Patch, Store, Write
+
+
+class Standby:
+    """Another store, seen from the beginning of an outage.
+
+    Args:
+        store: Where the bytes go.
+        ttl: Seconds that anything may stay in it; ``math.inf``: as long as its writer said.
+    """
+
+    def __init__(self, store: Store, ttl: float) -> None:
+        if not ttl > 0:
+            raise ValueError(f"standby_ttl must be more than 0 seconds, not {ttl!r}")
+        self.store = store
+        self._ttl = ttl
+        self._since = math.inf
+
+    def begin_outage(self) -> None:
+        """Believe what is written from now on."""
+        self._since = self.store.now()
+
+    def _is_leftover(self, frame: bytes | None) -> bool:
+        head = None if frame is None else peek(frame)
+        return head is not None and head.created < self._since
+
+    def _mine(self, frames: Sequence[bytes | None]) -> list[bytes | None]:
+        return [None if self._is_leftover(frame) else frame for frame in frames]
+
+    async def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """See ``Store``; so for all that follow."""
+        return self._mine(await self.store.get_many(keys))
+
+    async def head_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """See ``Store``."""
+        return self._mine(await self.store.head_many(keys))
+
+    async def delete_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """See ``Store``."""
+        return self._mine(await self.store.delete_many(keys))
+
+    async def begin_many(self, keys: Sequence[bytes], *, hold: float) -> list[Begun]:
+        """See ``Store``. A leftover in the way is removed first."""
+        begun = list(await self.store.begin_many(keys, hold=hold))
+        places = [at for at, one in enumerate(begun) if self._is_leftover(one.frame)]
+        if places:
+            await self.store.delete_many([keys[at] for at in places])
+            again = await self.store.begin_many([keys[at] for at in places], hold=hold)
+            for at, one in zip(places, again, strict=True):
+                begun[at] = one
+        return begun
+
+    async def write_many(self, writes: Sequence[Write]) -> list[Outcome]:
+        """See ``Store``."""
+        now = self.store.now()
+        return await self.store.write_many(
+            [
+                write._replace(frame=self._cut(write.frame, now, self._since), keep=self._keep(write.keep))
+                for write in writes
+            ]
+        )
+
+    async def patch_many(self, patches: Sequence[Patch]) -> list[Outcome]:
+        """See ``Store``."""
+        now = self.store.now()
+        return await self.store.patch_many(
+            # A leftover stays one.
+            [
+                patch._replace(head=self._cut(patch.head, now, -math.inf), keep=self._keep(patch.keep))
+                for patch in patches
+            ]
+        )
+
+    def _keep(self, keep: float | None) -> float | None:
+        kept = min(math.inf if keep is None else keep, self._ttl)
+        return None if kept == math.inf else kept
+
+    def _cut(self, frame: bytes, now: float, since: float) -> bytes:
+        """*frame*, or a head alone, with its times brought to what the standby allows."""
+        head = peek(frame)
+        if head is None:
+            return frame
+        until = now + self._ttl
+        fresh, keep = min(head.fresh_until, until), min(head.keep_until, until)
+        created = head.created if since <= head.created <= now else now
+        if (created, fresh, keep) == (head.created, head.fresh_until, head.keep_until):
+            return frame
+        cut = patch_head(head._replace(created=created), fresh_until=fresh, keep_until=keep)
+        return cut + frame[HEAD_SIZE:]
+
+    async def scan(self, prefix: bytes) -> AsyncGenerator[list[tuple[bytes, bytes]], None]:
+        """See ``Store``."""
+        async with aclosing(self.store.scan(prefix)) as pages:
+            async for page in pages:
+                yield [item for item in page if not self._is_leftover(item[1])]
+
+    async def renew_many(self, held: Sequence[Held], *, hold: float) -> list[bool]:
+        """See ``Leases``."""
+        assert isinstance(self.store, Leases)
+        return await self.store.renew_many(held, hold=hold)
+
+    async def release_many(self, held: Sequence[Held]) -> None:
+        """See ``Leases``."""
+        assert isinstance(self.store, Leases)
+        await self.store.release_many(held)
+
+    async def drop(self, prefix: bytes) -> None:
+        """Give back the room. No promise hangs on it, so a failure is passed over."""
+        try:
+            await self.store.clear(prefix)
+        except StoreError:
+            pass

@@ -1,0 +1,236 @@
+"""What each call of the file store does in its thread. Synchronous; one call here is one job.
+
+Strategy: reads take the files one by one, without a lock. Changes are grouped by shelf, each shelf locked once, and
+made in order there. An item's trouble is its own outcome; a call has trouble as a whole only where no item could be
+done, or where its answer has no room for an item's error.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from secrets import token_bytes
+from typing import Any, Literal, TypeVar
+
+from .._exceptions import StoreError, StoreFullError
+from .._frame import HEAD_SIZE, TOKEN, TOKEN_SIZE, Kind, patch_head, peek, placeholder
+from .._protocols import Begun, Fence, Held, Outcome, Patch, Write
+from ._file_folder import Folder, Place
+from ._file_shelf import LOCK_SECONDS, Shelf, charge_of, store_error
+
+T = TypeVar("T")
+
+
+class Batches:
+    """The batched operations on one folder.
+
+    Args:
+        folder: The tree.
+        store: ``Store.id`` of the store whose fences count here.
+        max_bytes: The largest file that may be written; None: any.
+    """
+
+    def __init__(self, folder: Folder, store: int, max_bytes: int | None) -> None:
+        self._folder = folder
+        self._store = store
+        self._max_bytes = max_bytes
+
+    def get(self, keys: Sequence[bytes], size: int | None = None) -> list[bytes | None]:
+        """Frames, or their first *size* bytes."""
+        places = self._open(keys)
+        found: list[bytes | None] = []
+        trouble: list[OSError] = []
+        for place in places:
+            try:
+                found.append(self._folder.read(place, size))
+            except OSError as error:
+                trouble.append(error)
+                found.append(None)
+        if trouble and len(trouble) == len(keys):
+            raise store_error(trouble[0], self._folder.directory)
+        return found
+
+    def begin(self, keys: Sequence[bytes], hold: float) -> list[Begun]:
+        """What is there, or placeholders in its place."""
+        frames = self.get(keys)
+        begun = [
+            None if frame is None else Begun(frame, Fence(self._store, frame[TOKEN]), leader=False) for frame in frames
+        ]
+        missing = [index for index, frame in enumerate(frames) if frame is None]
+
+        def plant(shelf: Shelf, at: int, place: Place) -> Begun:
+            there = shelf.frame(place.name)
+            if there is not None:
+                return Begun(there, Fence(self._store, there[TOKEN]), leader=False)
+            token = token_bytes(TOKEN_SIZE)
+            self._put(shelf, place, placeholder(keys[missing[at]], token, self._folder.clock(), hold))
+            return Begun(None, Fence(self._store, token), leader=True)
+
+        planted = self._each([keys[index] for index in missing], plant, make=True)
+        trouble = next((one for one in planted if isinstance(one, StoreError)), None)
+        if trouble is not None:
+            # Nobody would know of the others, and whoever comes next would wait for them.
+            ours = [
+                Held(keys[index], one.fence)
+                for index, one in zip(missing, planted, strict=True)
+                if not isinstance(one, StoreError) and one.leader
+            ]
+            with suppress(StoreError):
+                self.release(ours)
+            raise trouble
+        self._notice()
+        for index, one in zip(missing, planted, strict=True):
+            assert not isinstance(one, StoreError)
+            begun[index] = one
+        return [one for one in begun if one is not None]
+
+    def write(self, writes: Sequence[Write]) -> list[Outcome]:
+        """Store frames."""
+
+        def put(shelf: Shelf, at: int, place: Place) -> Literal["done", "refused"]:
+            write = writes[at]
+            if write.fence is not None and not self._holds(shelf, place, write.fence):
+                return "refused"
+            self._put(shelf, place, write.frame)
+            return "done"
+
+        outcomes = self._each([write.key for write in writes], put, make=True)
+        self._notice()
+        return [*outcomes]
+
+    def patch(self, patches: Sequence[Patch]) -> list[Outcome]:
+        """Replace heads."""
+
+        def put(shelf: Shelf, at: int, place: Place) -> Literal["done", "refused"]:
+            patch = patches[at]
+            frame = shelf.frame(place.name) if self._holds(shelf, place, patch.fence) else None
+            if frame is None:
+                return "refused"
+            self._put(shelf, place, patch.head + frame[HEAD_SIZE:])
+            return "done"
+
+        return [*self._each([patch.key for patch in patches], put, make=False, absent="refused")]
+
+    def delete(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Remove; the heads of what was there."""
+
+        def drop(shelf: Shelf, _: int, place: Place) -> bytes | None:
+            head = shelf.head(place.name)
+            shelf.drop(place.name)
+            return head
+
+        return _all(self._each(keys, drop, make=False, absent=None))
+
+    def renew(self, held: Sequence[Held], hold: float) -> list[bool]:
+        """Prolong placeholders and leases."""
+
+        def prolong(shelf: Shelf, at: int, place: Place) -> bool:
+            frame = shelf.frame(place.name) if self._holds(shelf, place, held[at].fence) else None
+            head = peek(frame) if frame is not None else None
+            if frame is None or head is None or head.kind not in (Kind.PLACEHOLDER, Kind.LEASE):
+                return False
+            until = self._folder.clock() + hold
+            self._put(shelf, place, patch_head(head, fresh_until=until, keep_until=until) + frame[HEAD_SIZE:])
+            return True
+
+        return _all(self._each([one.key for one in held], prolong, make=False, absent=False))
+
+    def release(self, held: Sequence[Held]) -> None:
+        """Remove placeholders and leases that still stand."""
+
+        def drop(shelf: Shelf, at: int, place: Place) -> None:
+            if self._holds(shelf, place, held[at].fence):
+                shelf.drop(place.name)
+
+        _all(self._each([one.key for one in held], drop, make=False, absent=None))
+
+    def _notice(self) -> None:
+        with suppress(OSError, StoreError):  # the bound's concern; what was written is written
+            self._folder.notice()
+
+    def _open(self, keys: Sequence[bytes]) -> list[Place]:
+        folder = self._folder
+        try:
+            folder.check()
+            places = [folder.place(key) for key in keys]
+            for space in {place.space for place in places}:
+                folder.table(space)
+        except OSError as error:
+            raise store_error(error, folder.directory) from error
+        return places
+
+    def _holds(self, shelf: Shelf, place: Place, fence: Fence) -> bool:
+        head = shelf.head(place.name) if fence.store == self._store else None
+        return head is not None and head[TOKEN] == fence.token
+
+    def _put(self, shelf: Shelf, place: Place, frame: bytes) -> None:
+        if self._max_bytes is not None and charge_of(len(frame)) > self._max_bytes:
+            raise StoreFullError(
+                f"an entry of {len(frame)} bytes does not fit in {self._max_bytes}.", cure="Raise CACHE_MAX_BYTES."
+            )
+        shelf.put(place.name, frame)
+
+    def _each(
+        self, keys: Sequence[bytes], act: Callable[[Shelf, int, Place], T], *, make: bool, absent: Any = None
+    ) -> list[T | StoreError]:
+        """Do *act* for each key under its shelf's lock, in order within a shelf.
+
+        Args:
+            keys: The keys; *act* is given their position and place.
+            act: Returns the item's result; what it raises is the item's error.
+            make: Make shelves that are not there; otherwise their items' result is *absent*.
+            absent: See *make*.
+        """
+        places = self._open(keys)
+        groups: dict[tuple[str, int], list[int]] = {}
+        for at, place in enumerate(places):
+            groups.setdefault((place.space, place.shelf), []).append(at)
+        results: dict[int, T | StoreError] = {}
+        deadline = time.monotonic() + LOCK_SECONDS
+        for shelf, group in groups.items():
+            left = deque(group)
+            for last in (False, False, True):  # tries, for a tree that somebody deletes while we write to it
+                try:
+                    with self._folder.lock(*shelf, deadline, make=make) as held:
+                        while left:
+                            results[left[0]] = self._one(act, held, left[0], places[left[0]])
+                            left.popleft()
+                except FileNotFoundError as error:
+                    if not make:
+                        results.update((at, absent) for at in left)
+                    elif last:
+                        results.update((at, store_error(error, self._folder.directory)) for at in left)
+                    else:
+                        continue
+                except OSError as error:
+                    results.update((at, store_error(error, self._folder.directory)) for at in left)
+                except StoreError as error:
+                    results.update((at, error) for at in left)
+                break
+        return [results[at] for at in range(len(keys))]
+
+    def _one(self, act: Callable[[Shelf, int, Place], T], shelf: Shelf, at: int, place: Place) -> T | StoreError:
+        try:
+            return act(shelf, at, place)
+        except FileNotFoundError:
+            raise  # the shelf has gone: all again in a new one
+        except OSError as error:
+            return store_error(error, self._folder.directory)
+        except StoreError as error:
+            return error
+
+
+def _all(results: list[T | StoreError]) -> list[T]:
+    """The results, where none is an error.
+
+    Raises:
+        StoreError: One is; the others are done all the same.
+    """
+    done: list[T] = []
+    for result in results:
+        if isinstance(result, StoreError):
+            raise result
+        done.append(result)
+    return done

@@ -1,0 +1,161 @@
+"""The table of change counters beside a namespace's files: how processes see each other's writes without asking.
+
+Strategy: one small file of fixed size per namespace, mapped for reading by every process that uses it.
+
+    offset  size      field
+    0       8         magic
+    8       4         version, native byte order (a table of the other order is foreign)
+    12      4         generation, random: stamps of a table made anew never equal those of the one before
+    16      8         f64, when the last whole sweep ended, seconds since the epoch
+    2048    256 * 8   i64, bytes of disk charged to each fan-out folder
+    4096    65536*4   u32, a change counter for each first two bytes of a digest
+
+Rules:
+- A word is written only by who holds the lock of the fan-out folder that its first byte names, so no increment is lost.
+- A counter is odd while a file of its bucket is being changed, and moves on to the next even number afterwards. An odd
+  one has no stamp. A writer that is killed half-way leaves it odd, so nobody trusts what it read meanwhile; the next
+  holder of the lock sees that, tidies up and moves it on.
+- Reading goes through the mapping (no system call), writing through ``pwrite``: a full disk is then an error, where a
+  store through the mapping would be a SIGBUS. For the same reason the file is filled with real zeros when it is made,
+  and its size is checked before it is mapped.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+import struct
+import weakref
+from typing import Final
+
+NAME: Final = "counters"
+SHELVES: Final = 256
+
+_MAGIC: Final = b"MHCtable"
+_VERSION: Final = 1
+_HEADER: Final = struct.Struct("=8sII")
+_SWEPT: Final = struct.Struct("=d")
+_SWEPT_AT: Final = 16
+_USAGE: Final = struct.Struct("=q")
+_USAGES: Final = struct.Struct(f"={SHELVES}q")
+_USAGE_AT: Final = 2048
+_WORD: Final = struct.Struct("=I")
+_WORDS_AT: Final = 4096
+_PER_SHELF: Final = 256
+_SIZE: Final = _WORDS_AT + SHELVES * _PER_SHELF * _WORD.size
+_ODD: Final = int.from_bytes(_WORD.pack(1) * _PER_SHELF, "big")
+_FLAGS: Final = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+
+
+class Table:
+    """A namespace's table, mapped. Goes on working when the file is deleted under it; see ``inode``.
+
+    Attributes:
+        inode: Device and inode. Held open here, so that a file of the same inode is the same file.
+    """
+
+    __slots__ = ("__weakref__", "_fd", "_generation", "_map", "_refusal", "_usage", "_words", "inode")
+
+    def __init__(self, fd: int, mapped: mmap.mmap, inode: tuple[int, int], refusal: OSError | None) -> None:
+        self._fd = fd
+        self._refusal = refusal
+        self._map = mapped
+        view = memoryview(mapped)
+        self._usage = view[_USAGE_AT:_WORDS_AT].cast("q")
+        self._words = view[_WORDS_AT:].cast("I")
+        self._generation = _HEADER.unpack_from(mapped)[2] << 32
+        self.inode = inode
+        weakref.finalize(self, os.close, fd)
+
+    def stamp(self, bucket: int) -> int | None:
+        """A number that is another one after a file of *bucket* changed; None while one is being changed."""
+        word = self._words[bucket]
+        return None if word & 1 else self._generation | word
+
+    def begin(self, bucket: int) -> None:
+        """Say that a file of *bucket* is about to change."""
+        self._write(_WORD.pack(self._words[bucket] | 1), _WORDS_AT + bucket * _WORD.size)
+
+    def end(self, bucket: int) -> None:
+        """Say that it has changed, or may have."""
+        word = ((self._words[bucket] | 1) + 1) & 0xFFFF_FFFF
+        self._write(_WORD.pack(word), _WORDS_AT + bucket * _WORD.size)
+
+    def broken(self, shelf: int) -> bool:
+        """Whether a writer died in the middle of a change in *shelf*; asked by who holds its lock."""
+        start = _WORDS_AT + shelf * _PER_SHELF * _WORD.size
+        return int.from_bytes(self._map[start : start + _PER_SHELF * _WORD.size], "big") & _ODD != 0
+
+    def mend(self, shelf: int) -> None:
+        """Move on every counter that a dead writer left odd."""
+        for bucket in range(shelf * _PER_SHELF, (shelf + 1) * _PER_SHELF):
+            if self._words[bucket] & 1:
+                self.end(bucket)
+
+    def usage(self) -> int:
+        """Bytes of disk charged to the namespace."""
+        return sum(_USAGES.unpack_from(self._map, _USAGE_AT))
+
+    def charged(self) -> list[int]:
+        """The shelves to which anything is charged."""
+        return [shelf for shelf, total in enumerate(self._usage) if total]
+
+    def charge(self, shelf: int, change: int) -> None:
+        """Add *change* to what is charged to *shelf*."""
+        self.set_usage(shelf, max(0, self._usage[shelf] + change))
+
+    def set_usage(self, shelf: int, total: int) -> None:
+        """Set what is charged to *shelf*, after counting."""
+        self._write(_USAGE.pack(total), _USAGE_AT + shelf * _USAGE.size)
+
+    @property
+    def swept(self) -> float:
+        """When a whole sweep last ended, by ``time.time``."""
+        when: float = _SWEPT.unpack_from(self._map, _SWEPT_AT)[0]
+        return when
+
+    def set_swept(self, when: float) -> None:
+        """Note the end of a whole sweep."""
+        self._write(_SWEPT.pack(when), _SWEPT_AT)
+
+    def _write(self, data: bytes, offset: int) -> None:
+        if self._refusal is not None:
+            raise OSError(self._refusal.errno, self._refusal.strerror)
+        os.pwrite(self._fd, data, offset)
+
+
+def open_table(path: str) -> Table | None:
+    """Map the table at *path*. None: there is none, or what is there is none and must be made anew.
+
+    Raises:
+        OSError: It is there and can't be opened.
+    """
+    refusal: OSError | None = None
+    try:
+        fd = os.open(path, os.O_RDWR | _FLAGS)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        refusal = error  # what may be read only still has stamps
+        fd = os.open(path, os.O_RDONLY | _FLAGS)
+    try:
+        facts = os.fstat(fd)
+        if stat.S_ISREG(facts.st_mode) and facts.st_size == _SIZE:
+            mapped = mmap.mmap(fd, _SIZE, mmap.MAP_SHARED, mmap.PROT_READ)
+            if _HEADER.unpack_from(mapped)[:2] == (_MAGIC, _VERSION):
+                return Table(fd, mapped, (facts.st_dev, facts.st_ino), refusal)
+            mapped.close()
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
+
+
+def blank() -> bytes:
+    """The bytes of a new table."""
+    return _HEADER.pack(_MAGIC, _VERSION, int.from_bytes(os.urandom(4), "big")).ljust(_SIZE, b"\0")

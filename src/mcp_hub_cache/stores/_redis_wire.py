@@ -1,0 +1,383 @@
+"""Connections to a Redis server that are kept for life: the driver opens them, a ``Wire`` uses them.
+
+Strategy: redis-py opens a connection (``_redis_driver``) and hands its transport to a protocol of ours, which feeds
+hiredis as bytes arrive. Requests go out at once, pipelined; replies resolve the futures of the requests in the
+order sent. No task owns the reading, so there is nobody whose cancellation could leave a reply behind.
+
+Rules:
+- First in, first out, always. A request whose future is cancelled keeps its place, and its replies are thrown away.
+- Any doubt (a reply nobody asked for, bytes that don't parse, an answer of the wrong shape) ends the connection and
+  fails everything on it. A connection is never used again after an error of its own.
+- One deadline counts from ``send`` and covers connecting, too. One timer per wire watches the oldest request: no
+  timer per request. One that ran late proves only that this process was busy, and grants a moment to read what has
+  come meanwhile.
+- A failed connect fails all that wait for it, at once. The next request tries anew; there is no retry loop in here.
+- A connection that the server had closed while it was idle is found out by the next request. Where that may be
+  repeated, it is, once, on a new connection and under its first deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final, TypeVar, cast
+
+import hiredis
+from hiredis import ReplyError
+
+from .._exceptions import StoreError
+from ._redis_address import Address
+from ._redis_driver import open_connection
+from ._redis_errors import lost, not_redis, store_error, timed_out, unreachable
+
+__all__ = ["Clock", "Doubt", "ReplyError", "Wire", "Wires", "pack"]
+
+T = TypeVar("T")
+
+# Typed here, since hiredis declares a tuple of one.
+pack = cast("Callable[[tuple[bytes, ...]], bytes]", hiredis.pack_command)
+"""Make a command's bytes of its parts."""
+
+_LATE: Final = 0.05  # seconds by which a timer may be late before the process counts as busy
+_GRACE: Final = 0.1  # seconds granted then
+_ASK_EVERY: Final = 60.0  # seconds of use between questions for the time
+_BUFFER: Final = 256 * 1024
+_NOTHING: Final = object()
+_BOOT: Final = hasattr(time, "CLOCK_BOOTTIME")
+_TIME: Final = pack((b"TIME",))
+
+
+def steady() -> float:
+    """Seconds on a clock that nobody sets, and that goes on while the machine sleeps, where there is one."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if _BOOT else time.monotonic()
+
+
+class Doubt(Exception):  # noqa: N818  # not an error to be shown: it becomes one
+    """Raised by a ``convert``: the reply is of a shape that its request can't have. Ends the connection."""
+
+
+class Clock:
+    """The server's time, as its TIME command told it, carried on by a steady clock."""
+
+    __slots__ = ("_offset",)
+
+    def __init__(self) -> None:
+        self._offset: float | None = None
+
+    def now(self) -> float:
+        """Seconds since the epoch; this machine's until a server has told its own."""
+        return time.time() if self._offset is None else steady() + self._offset
+
+    def learn(self, told: float, asked: float, heard: float) -> None:
+        """Take *told*, the server's time somewhere between *asked* and *heard* (``steady``)."""
+        offset, doubt = told - (asked + heard) / 2, (heard - asked) / 2
+        # A slow answer that does not contradict what is known says nothing new.
+        if self._offset is None or abs(offset - self._offset) > doubt:
+            self._offset = offset
+
+
+class _Request:
+    __slots__ = ("again", "convert", "count", "data", "future", "sent")
+
+    def __init__(
+        self,
+        future: asyncio.Future[Any],
+        data: bytes,
+        count: int,
+        convert: Callable[[list[Any]], Any],
+        sent: float,
+        *,
+        again: bool,
+    ) -> None:
+        self.future = future
+        self.data = data
+        self.count = count
+        self.convert = convert
+        self.sent = sent
+        self.again = again
+
+
+class _Link(asyncio.BufferedProtocol):
+    """One connection's protocol: parses, and resolves the oldest request of its wire."""
+
+    def __init__(self, wire: Wire, loop: asyncio.AbstractEventLoop, writer: asyncio.StreamWriter) -> None:
+        self._wire = wire
+        # Kept because a StreamWriter closes its transport when it is finalised.
+        self._writer = writer
+        self.transport: asyncio.WriteTransport = writer.transport
+        self.closed: asyncio.Future[None] = loop.create_future()
+        self.pending: deque[_Request] = deque()
+        self.heard = False
+        self._buffer = bytearray(_BUFFER)
+        # A view, since asyncio's TLS reads into slices of what it gets: of a bytearray, they would be copies.
+        self._view = memoryview(self._buffer)
+        self._replies: list[Any] = []
+        reader = hiredis.Reader(notEnoughData=_NOTHING)
+        self._feed = cast("Callable[[bytearray, int, int], None]", reader.feed)  # it takes any buffer
+        self._gets = reader.gets
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002  # the base class's signature
+        return self._view
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.heard = True
+        try:
+            self._feed(self._buffer, 0, nbytes)
+            self._take()
+        except Exception:  # noqa: BLE001  # whatever it was: the replies can't be told apart any more
+            self._wire.on_doubt(self)
+
+    def _take(self) -> None:
+        gets, pending, replies = self._gets, self.pending, self._replies
+        while (reply := gets()) is not _NOTHING:
+            if not pending:
+                raise Doubt
+            request = pending[0]
+            replies.append(reply)
+            if len(replies) < request.count:
+                continue
+            pending.popleft()
+            answer, self._replies = replies, []
+            replies = self._replies
+            future = request.future
+            if future.done():
+                continue
+            try:
+                future.set_result(request.convert(answer))
+            except StoreError as error:
+                future.set_exception(error)
+            except Exception:
+                pending.appendleft(request)  # so that it fails with the others
+                raise
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # the base class's signature
+        if not self.closed.done():
+            self.closed.set_result(None)
+        self._wire.on_lost(self)
+
+    def abort(self) -> None:
+        """End the connection now; nothing that still comes is looked at."""
+        self.pending = deque()
+        self.transport.abort()
+
+
+class Wire:
+    """One connection, opened when first needed and again after it was lost.
+
+    Args:
+        loop: The running loop.
+        address: The server.
+        timeout: Seconds from ``send`` to the answer, connecting included.
+        clock: Learns the server's time with every connect, and now and then.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, address: Address, timeout: float, clock: Clock) -> None:
+        self._loop = loop
+        self._address = address
+        self._timeout = timeout
+        self._clock = clock
+        self._pending: deque[_Request] = deque()
+        self._link: _Link | None = None
+        self._opening: asyncio.Task[_Link] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._graced: _Request | None = None
+        self._ask_at = 0.0
+        self._ending: set[asyncio.Future[Any]] = set()  # given up, but not over yet
+        self._closed = False
+
+    def send(
+        self, data: bytes, count: int, convert: Callable[[list[Any]], T], *, again: bool = False
+    ) -> asyncio.Future[T]:
+        """Send commands and return the future of their answer.
+
+        Args:
+            data: The commands, packed.
+            count: How many replies they get; at least 1.
+            convert: Makes the answer of the replies, error replies among them as ``ReplyError`` objects. Called at most
+                once, while bytes are being taken in: must be quick. May raise ``StoreError`` or ``Doubt``.
+            again: Whether doing it twice is no worse than doing it once.
+
+        Cancellation:
+            Cancelling the future stops nothing that was sent.
+        """
+        future: asyncio.Future[T] = self._loop.create_future()
+        if self._closed:
+            future.set_exception(unreachable(self._address.where, "The store was closed."))
+            return future
+        request = _Request(future, data, count, convert, self._loop.time(), again=again)
+        pending = self._pending
+        pending.append(request)
+        link = self._link
+        if link is not None:
+            if len(pending) == 1:
+                link.heard = False
+            link.transport.write(data)
+        elif self._opening is None:
+            self._open()
+        if self._timer is None:
+            due = request.sent + self._timeout
+            self._timer = self._loop.call_at(due, self._watch, due)
+        return future
+
+    # Opening
+
+    def _open(self) -> None:
+        self._opening = task = self._loop.create_task(self._connect(), name="mcp_hub_cache: connect to Redis")
+        self._ending.add(task)
+        task.add_done_callback(self._opened)
+
+    async def _connect(self) -> _Link:
+        writer = await open_connection(self._address, self._timeout)
+        link = _Link(self, self._loop, writer)
+        writer.transport.set_protocol(link)
+        return link
+
+    def _opened(self, task: asyncio.Task[_Link]) -> None:
+        self._ending.discard(task)
+        given_up = task is not self._opening
+        if not given_up:
+            self._opening = None
+        if task.cancelled():
+            if not given_up:
+                self._fail(unreachable(self._address.where, "Connecting was cancelled."))
+        elif (error := task.exception()) is not None:
+            if not given_up:
+                self._fail(store_error(error, self._address.where))
+        elif given_up:
+            self._end(task.result())
+        elif task.result().closed.done():
+            self._fail(lost(self._address.where))
+        else:
+            self._begin(task.result())
+
+    def _begin(self, link: _Link) -> None:
+        """Send what has gathered, behind a question for the time."""
+        waiting = [request for request in self._pending if not request.future.done()]
+        question = self._question(waiting[0].sent if waiting else self._loop.time())
+        link.pending = self._pending = deque([question, *waiting])
+        self._link = link
+        link.transport.write(b"".join([request.data for request in self._pending]))
+
+    def _question(self, sent: float) -> _Request:
+        self._ask_at = self._loop.time() + _ASK_EVERY
+        asked = steady()
+        future: asyncio.Future[None] = self._loop.create_future()
+        future.add_done_callback(_retrieve)
+        return _Request(future, _TIME, 1, lambda replies: self._learn(replies[0], asked), sent, again=False)
+
+    def _learn(self, reply: Any, asked: float) -> None:
+        if isinstance(reply, list) and len(reply) == 2:  # an ACL may refuse it: then this machine's clock does
+            self._clock.learn(int(reply[0]) + int(reply[1]) / 1e6, asked, steady())
+
+    # Ending
+
+    def on_lost(self, link: _Link) -> None:
+        """*link*'s connection has ended, by the server or by ``abort``."""
+        if link is not self._link:
+            return
+        self._link = None
+        if link.heard or self._closed:
+            self._fail(lost(self._address.where))
+            return
+        repeated = deque(request for request in self._pending if request.again and not request.future.done())
+        failed = [request for request in self._pending if not request.again]
+        self._pending = repeated
+        _fail(failed, lost(self._address.where))
+        for request in repeated:
+            request.again = False
+        if repeated:
+            self._open()
+
+    def on_doubt(self, link: _Link) -> None:
+        """*link* brought something that can't be told apart from a mix-up."""
+        self._end(link)
+        if link is self._link:
+            self._link = None
+            self._fail(not_redis(self._address.where))
+
+    def _fail(self, error: StoreError) -> None:
+        failed, self._pending = self._pending, deque()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        _fail(failed, error)
+
+    def _drop(self, error: StoreError) -> None:
+        """Give up the connection, or opening it, and fail what waits for it."""
+        if self._opening is not None:
+            opening, self._opening = self._opening, None
+            opening.cancel()
+        if self._link is not None:
+            link, self._link = self._link, None
+            self._end(link)
+        self._fail(error)
+
+    def _end(self, link: _Link) -> None:
+        if not link.closed.done():
+            self._ending.add(link.closed)
+            link.closed.add_done_callback(self._ending.discard)
+            link.abort()
+
+    def _watch(self, due: float) -> None:
+        self._timer = None
+        now = self._loop.time()
+        if now >= self._ask_at and self._link is not None:
+            self._link.heard = self._link.heard and bool(self._pending)
+            self._pending.append(self._question(now))
+            self._link.transport.write(_TIME)
+        if not self._pending:
+            return
+        oldest = self._pending[0]
+        next_due = oldest.sent + self._timeout
+        if next_due <= now:
+            if now - due <= _LATE or oldest is self._graced:
+                self._drop(timed_out(self._address.where, self._timeout))
+                return
+            self._graced, next_due = oldest, now + _GRACE
+        self._timer = self._loop.call_at(next_due, self._watch, next_due)
+
+    async def aclose(self) -> None:
+        """Fail what is pending, end the connection, and return when it is over."""
+        self._closed = True
+        self._drop(unreachable(self._address.where, "The store was closed."))
+        self._graced = None
+        while self._ending:
+            await asyncio.wait(self._ending)
+
+
+class Wires:
+    """The wires of one loop: for reads, for writes (in their order), for big values, for housekeeping; or fewer.
+
+    Args:
+        limit: At most so many connections, by sharing.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, address: Address, timeout: float, clock: Clock, limit: int
+    ) -> None:  # fmt: skip
+        self._all = [Wire(loop, address, timeout, clock) for _ in range(min(limit, 4))]
+        self.reads = self._all[0]
+        self.writes = self._all[min(1, len(self._all) - 1)]
+        self.bulk = self._all[min(2, len(self._all) - 1)]
+        self.admin = self._all[-1]
+
+    async def aclose(self) -> None:
+        """Close all of them."""
+        for wire in self._all:
+            await wire.aclose()
+
+
+def _fail(requests: deque[_Request] | list[_Request], error: StoreError) -> None:
+    for request in requests:
+        if not request.future.done():
+            # One each, since raising an exception writes to it.
+            own = type(error).__new__(type(error), *error.args)
+            own.cure, own.__cause__ = error.cure, error.__cause__
+            request.future.set_exception(own)
+
+
+def _retrieve(future: asyncio.Future[Any]) -> None:
+    if not future.cancelled():
+        future.exception()

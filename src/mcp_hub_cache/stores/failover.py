@@ -1,0 +1,346 @@
+"""Two stores as one: a primary, and a standby that serves while the primary can't be reached.
+
+Strategy: every call is routed by the breaker as it is at that moment (``_failover_breaker``). A round trip to the
+primary that fails for an outage is answered by the standby at once, so that nobody above sees it; a few in a row, or
+one at the very first contact, open the breaker, and then the primary is asked no more. A task in the background finds
+out when it is there again (``_failover_keeper``), replays what it has missed (``_failover_journal``), drops the
+standby's leftovers, and closes the breaker. What is done around each call to the primary is in ``_failover_primary``;
+how far the standby is believed, in ``_failover_standby``. Here is only who is asked.
+
+Rules:
+- Only an outage (unreachable, timeout) counts against the primary. Busy, full, read-only and exhausted are passed on
+  as they are.
+- A primary that refuses us (credentials, TLS) is *misconfigured*: nothing falls back silently, every call gets that
+  error at once until a probe finds it put right. A permission that is missing costs the calls that need it alone.
+- Every set, delete and clear that failed, is in doubt, or was made while the primary was away is in the journal, and
+  the breaker may close with notes left: the journal stands between the primary and its readers.
+- A fence is good in the store that issued it, while that one serves. What a load could not write is written nowhere
+  else.
+- No stamp survives a switch, a failed round trip or a new note: each begins a new epoch, and stamps of different epochs
+  differ.
+
+Left to the issue on faults: a journal that survives the process; a breaker per lane; the ring of recent deletes for a
+server that turns out to be another one; slowness as a failure. And this: what was sent before a timeout may still be on
+its way, and be executed after the delete that was to undo it. The primary gives up its connection with the timeout, and
+answers a ping before anything is replayed, which leaves only bytes that the network held up for that long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import random
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Final, TypeVar
+
+from .._exceptions import StoreError
+from .._protocols import Begun, Coherent, Held, Leases, Outcome, Patch, Store, StoreState, Write
+from . import next_store_id
+from ._failover_breaker import Backoff, Breaker
+from ._failover_journal import Journal
+from ._failover_keeper import Keeper
+from ._failover_primary import Frames, Primary, fitted
+from ._failover_relay import relay
+from ._failover_standby import Standby
+
+T = TypeVar("T")
+
+_STAMP_BITS: Final = 64
+
+
+class FailoverStore:
+    """A primary store with a standby for outages.
+
+    Args:
+        primary: The store to use; its clock and name are this one's.
+        standby: Serves while the primary can't be reached; None: calls then fail at once with the primary's last error.
+        prefix: What every key starts with. Cleared as a whole in the primary when the journal overflows, and in the
+            standby when the primary is back.
+        standby_ttl: Seconds that anything stays in the standby at most; more than 0, ``math.inf``: no bound of its own.
+        failures: Failed round trips in a row that open the breaker; at least 1. At the first contact one is enough.
+        probe_after: Seconds to the first probe, shortened at random by up to half; doubled with each probe that fails.
+        probe_max: Seconds between probes at most.
+        max_journal: Deletes remembered one by one.
+        clock: Seconds since the epoch.
+        rng: Returns floats from [0, 1); for the jitter.
+        on_state: Called on the event loop with the old and the new state (see ``StoreState``).
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    def __init__(
+        self,
+        primary: Store,
+        standby: Store | None,
+        *,
+        prefix: bytes = b"mcp_hub:",
+        standby_ttl: float = 60.0,
+        failures: int = 3,
+        probe_after: float = 0.5,
+        probe_max: float = 15.0,
+        max_journal: int = 10_000,
+        clock: Callable[[], float] = time.time,
+        rng: Callable[[], float] = random.random,
+        on_state: Callable[[str, str], None] | None = None,
+    ) -> None:
+        self.id = next_store_id()
+        self.name = primary.name
+        self._standby = None if standby is None else Standby(standby, standby_ttl)
+        self._journal = Journal(prefix, max_journal)
+        self._keeper = Keeper(
+            primary,
+            self._standby,
+            prefix=prefix,
+            breaker=Breaker(failures=failures, probe_after=probe_after, probe_max=probe_max, clock=clock, rng=rng),
+            backoff=Backoff(probe_after, probe_max, rng),
+            journal=self._journal,
+            clock=clock,
+        )
+        self._keeper.on_state = on_state
+        self._primary = Primary(primary, self._keeper, self._journal)
+        self._answers_with_futures = not inspect.iscoroutinefunction(primary.get_many)
+        # Looked at once: isinstance with a protocol is slow, and stamps are taken on every hit.
+        self._primary_feed = _coherent(primary)
+        self._standby_feed = _coherent(standby)
+
+    @property
+    def on_state(self) -> Callable[[str, str], None] | None:
+        """Called with the old and the new state."""
+        return self._keeper.on_state
+
+    @on_state.setter
+    def on_state(self, heard: Callable[[str, str], None] | None) -> None:
+        self._keeper.on_state = heard
+
+    def state(self) -> StoreState:
+        """See ``Monitored.state``."""
+        return self._keeper.state()
+
+    def now(self) -> float:
+        """The serving store's clock; see ``Store.now``."""
+        return self._serving().now()
+
+    def lane(self, key: bytes, /) -> Hashable:
+        """The serving store's; see ``Store.lane``."""
+        return self._serving().lane(key)
+
+    # Routing
+
+    def _serving(self) -> Store:
+        """The store whose clock, lanes and fences count now."""
+        if self._keeper.up or (standby := self._keeper.stand_in()) is None:
+            return self._primary.store
+        return standby.store
+
+    def _away(self) -> Standby:
+        """The standby, where the breaker is open.
+
+        Raises:
+            StoreError: Nothing may stand in.
+        """
+        self._keeper.watch()
+        standby = self._keeper.stand_in()
+        if standby is None:
+            raise self._keeper.problem()
+        return standby
+
+    def _instead(self, error: StoreError) -> Standby:
+        """The standby, for a call that failed just now.
+
+        Raises:
+            StoreError: *error* itself, where it is no outage or nothing may stand in.
+        """
+        standby = self._keeper.stand_in() if error.outage else None
+        if standby is None:
+            raise error
+        return standby
+
+    async def _either(
+        self, ask: Callable[[Primary], Awaitable[T]], instead: Callable[[Standby], Awaitable[T]]
+    ) -> T:  # fmt: skip
+        if self._keeper.up:
+            try:
+                return await ask(self._primary)
+            except StoreError as error:
+                standby = self._instead(error)
+        else:
+            standby = self._away()
+        return await instead(standby)
+
+    # Reading
+
+    def get_many(self, keys: Sequence[bytes], /) -> Awaitable[Frames]:
+        """See ``Store.get_many``."""
+        # What most calls are: asked within the caller's step, and answered without a task.
+        if self._answers_with_futures and self._is_calm():
+            asked = asyncio.ensure_future(self._primary.store.get_many(keys))
+            return relay(asked, self._went_well, lambda done: self._get(keys, done))
+        return self._get(keys)
+
+    async def _get(self, keys: Sequence[bytes], asked: Awaitable[Frames] | None = None) -> Frames:
+        return await self._either(
+            lambda primary: primary.get_many(keys) if asked is None else primary.read("get", asked, keys),
+            lambda standby: standby.get_many(keys),
+        )
+
+    def _is_calm(self) -> bool:
+        return self._keeper.up and not len(self._journal)
+
+    def _went_well(self) -> bool:
+        self._keeper.answered("get")
+        return not len(self._journal)
+
+    async def head_many(self, keys: Sequence[bytes], /) -> Frames:
+        """See ``Store.head_many``."""
+        return await self._either(lambda primary: primary.head_many(keys), lambda standby: standby.head_many(keys))
+
+    async def scan(self, prefix: bytes, /) -> AsyncGenerator[list[tuple[bytes, bytes]], None]:
+        """See ``Store.scan``. Where the primary fails half-way, the standby's pages follow."""
+        if self._keeper.up:
+            try:
+                async with aclosing(self._primary.scan(prefix)) as pages:
+                    async for page in pages:
+                        yield page
+            except StoreError as error:
+                standby = self._instead(error)
+            else:
+                return
+        else:
+            standby = self._away()
+        async with aclosing(standby.scan(prefix)) as pages:
+            async for page in pages:
+                yield page
+
+    # Beginning and writing
+
+    async def begin_many(self, keys: Sequence[bytes], /, *, hold: float) -> list[Begun]:
+        """See ``Store.begin_many``. The fence is of the store that answered, and good while it serves."""
+        return await self._either(
+            lambda primary: primary.begin_many(keys, hold=hold), lambda standby: standby.begin_many(keys, hold=hold)
+        )
+
+    async def write_many(self, writes: Sequence[Write], /) -> list[Outcome]:
+        """See ``Store.write_many``. What the primary can't be told is written to the standby, unless it has a fence."""
+        if not self._keeper.up:
+            self._keeper.note(write.key for write in writes if write.fence is None)
+            standby = self._away()
+            return await standby.write_many(fitted(writes, self.id, standby.store))
+        store = self._primary.store
+        outcomes = await self._primary.change("write", store.write_many, fitted(writes, self.id, store))
+        away = [
+            at
+            for at, outcome in enumerate(outcomes)
+            if isinstance(outcome, StoreError) and outcome.outage and writes[at].fence is None
+        ]
+        if away and (instead := self._keeper.stand_in()) is not None:
+            try:
+                again = await instead.write_many([writes[at] for at in away])
+            except StoreError:
+                return outcomes
+            for at, outcome in zip(away, again, strict=True):
+                outcomes[at] = outcome
+        return outcomes
+
+    async def patch_many(self, patches: Sequence[Patch], /) -> list[Outcome]:
+        """See ``Store.patch_many``."""
+        if not self._keeper.up:
+            standby = self._away()
+            return await standby.patch_many(fitted(patches, self.id, standby.store))
+        store = self._primary.store
+        return await self._primary.change("patch", store.patch_many, fitted(patches, self.id, store))
+
+    async def delete_many(self, keys: Sequence[bytes], /) -> Frames:
+        """See ``Store.delete_many``. What fails is made up for before anything under these keys is read again."""
+        if not self._keeper.up:
+            self._keeper.note(keys)
+        return await self._either(lambda primary: primary.delete_many(keys), lambda standby: standby.delete_many(keys))
+
+    async def clear(self, prefix: bytes, /) -> int:
+        """See ``Store.clear``. Made up for like a delete."""
+        if not self._keeper.up:
+            self._keeper.note_prefix(prefix)
+        return await self._either(lambda primary: primary.clear(prefix), lambda standby: standby.store.clear(prefix))
+
+    # The stores themselves
+
+    async def ping(self) -> None:
+        """Ask the primary, whoever serves. An answer while the breaker is open has it probed at once."""
+        await self._primary.ping()
+        if not self._keeper.up:
+            self._keeper.wake()
+
+    async def info(self) -> Mapping[str, str | int | float]:
+        """The primary's facts, or the standby's while it serves."""
+        return await self._either(lambda primary: primary.info(), lambda standby: standby.store.info())
+
+    async def aclose(self) -> None:
+        """End the background task and close both stores. What is journalled stays, for the next loop."""
+        await self._keeper.aclose()
+        try:
+            await self._primary.store.aclose()
+        finally:
+            if self._standby is not None:
+                await self._standby.store.aclose()
+
+    # Coherent
+
+    def stamp(self, key: bytes, /) -> int | None:
+        """See ``Coherent.stamp``."""
+        feed = self._feed()
+        stamp = None if feed is None else feed.stamp(key)
+        return None if stamp is None else self._keeper.epoch << _STAMP_BITS | stamp & (1 << _STAMP_BITS) - 1
+
+    def _feed(self) -> Coherent | None:
+        if self._keeper.up:
+            return self._primary_feed
+        return None if self._keeper.stand_in() is None else self._standby_feed
+
+    async def changed(self, key: bytes, stamp: int, /) -> None:
+        """See ``Coherent.changed``. Every new epoch wakes."""
+        feed = self._feed()
+        inner = None if feed is None else feed.stamp(key)
+        if feed is None or inner is None or self.stamp(key) != stamp:
+            return
+        waits = [self._keeper.epoch_end(), asyncio.ensure_future(feed.changed(key, inner))]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+
+    # Leases
+
+    async def renew_many(self, held: Sequence[Held], /, *, hold: float) -> list[bool]:
+        """See ``Leases.renew_many``. A lease of a store that can't be asked now counts as lost."""
+        renewed = [False] * len(held)
+        for store, places in self._issuers(held):
+            try:
+                answers = await store.renew_many([held[at] for at in places], hold=hold)
+            except StoreError:
+                continue
+            for at, answer in zip(places, answers, strict=True):
+                renewed[at] = answer
+        return renewed
+
+    async def release_many(self, held: Sequence[Held], /) -> None:
+        """See ``Leases.release_many``. One that can't be given back now ends with its hold."""
+        for store, places in self._issuers(held):
+            try:
+                await store.release_many([held[at] for at in places])
+            except StoreError:
+                pass
+
+    def _issuers(self, held: Sequence[Held]) -> list[tuple[Primary | Standby, list[int]]]:
+        """The stores that can be asked now, each with the places in *held* that are its own."""
+        asked = [self._primary if self._keeper.up else None, self._keeper.stand_in()]
+        able = [side for side in asked if side is not None and isinstance(side.store, Leases)]
+        own = [(side, [at for at, one in enumerate(held) if one.fence.store == side.store.id]) for side in able]
+        return [(side, places) for side, places in own if places]
+
+
+def _coherent(store: object) -> Coherent | None:
+    return store if isinstance(store, Coherent) else None

@@ -1,0 +1,305 @@
+"""A store in a folder: no server, many processes, nothing lost to a kill.
+
+Strategy: every call is one job in a thread of the store's own (``_file_batches``; scan and clear: one for a few
+shelves each), so the event loop never waits for a disk and a cancelled caller never leaves a job half-way. What has
+to be true on disk is true there, whoever dies when: see ``_file_folder``. This module is what binds that to an event
+loop: threads, the sweep in the background, eviction when a write went over the bound.
+
+Rules:
+- Jobs hold no lock of this process, so that a fork never inherits one; the child makes threads of its own.
+- Threads are few and ours: a folder that hangs (a dead mount) stalls this store and nothing else in the process.
+- Stamps come from a mapped table (``_file_counters``) and cost no system call. They are coherent between processes of
+  one host; on a network file system, other hosts' changes are not seen.
+- Somebody who deletes the folder by hand is noticed by the next call, and without one within a second.
+"""
+
+# ruff: noqa: PTH100, PTH111
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from aiofiles.os import wrap
+
+from .._exceptions import StoreError
+from .._frame import HEAD_SIZE
+from .._lifetime import PerLoop
+from .._protocols import Begun, Held, Outcome, Patch, Write
+from . import _file_upkeep, next_store_id
+from ._file_batches import Batches
+from ._file_folder import Folder
+from ._file_shelf import bucket_of, store_error
+
+T = TypeVar("T")
+
+_log = logging.getLogger("mcp_hub_cache")
+
+_WATCH: Final = 1.0  # seconds between looks at whether the folder is still the same
+_FIRST_SWEEP: Final = 0.5  # seconds after opening: programs that run for a moment don't pay for it
+_BREATH: Final = 0.05  # seconds between the slices of a background sweep
+_ROOM: Final = 0.05  # seconds that a write waits for the eviction it caused
+_POLLS: Final = (0.005, 1.5, 0.05)  # of a stamp somebody waits for: first pause, growth, longest pause
+_MAX_SLOTS: Final = 65_536
+
+
+class _State:
+    """What belongs to one event loop."""
+
+    __slots__ = ("jobs", "keeper", "room", "upkeep")
+
+    def __init__(self, threads: int) -> None:
+        self.jobs = ThreadPoolExecutor(threads, thread_name_prefix="mcp_hub_cache")
+        self.upkeep = ThreadPoolExecutor(1, thread_name_prefix="mcp_hub_cache_upkeep")
+        self.keeper: asyncio.Task[None] | None = None
+        self.room: asyncio.Task[None] | None = None
+
+
+class FileStore:
+    """Frames in files, one each; least recently used dropped first.
+
+    Args:
+        directory: Where; ours is the folder ``mcp_hub_cache`` in it. Made at first use, by 0700 if it is not there.
+        prefix: What keys begin with, before their namespace: each namespace has a folder of its own.
+        max_bytes: Disk to take up, in blocks of 4 KiB as a file system gives them; None: no bound. Kept over all
+            processes and namespaces; writers may be over it for moments.
+        threads: Jobs that may run at once.
+        sweep_interval: Seconds between sweeps of expired files.
+        clock: Seconds since the epoch.
+        on_evict: Called on the event loop with the number of entries dropped for room.
+    """
+
+    name = "file"
+
+    def __init__(
+        self,
+        directory: str | Path = "cache",
+        *,
+        prefix: str = "mcp_hub:",
+        max_bytes: int | None = 1 << 30,
+        threads: int = 4,
+        sweep_interval: float = 60.0,
+        clock: Callable[[], float] = time.time,
+        on_evict: Callable[[int], None] | None = None,
+    ) -> None:
+        if max_bytes is not None and max_bytes <= 0:
+            raise ValueError(f"max_bytes must be more than 0 or None, not {max_bytes!r}")
+        if threads < 1:
+            raise ValueError(f"threads must be 1 or more, not {threads!r}")
+        if not sweep_interval > 0:
+            raise ValueError(f"sweep_interval must be more than 0, not {sweep_interval!r}")
+        self.id = next_store_id()
+        self.on_evict = on_evict
+        self._directory = directory
+        self._max_bytes = max_bytes
+        self._threads = threads
+        self._sweep_interval = sweep_interval
+        self._clock = clock
+        self._folder = Folder(os.path.abspath(os.path.expanduser(directory)), prefix.encode(), clock)
+        self._batches = Batches(self._folder, self.id, max_bytes)
+        self._slots: dict[bytes, tuple[str, int]] = {}
+        self._local = PerLoop(
+            self._open, owner=f"the file store in {str(directory)!r}", close=self._close, at_loop_end=False
+        )
+
+    def _open(self, loop: asyncio.AbstractEventLoop) -> _State:
+        state = _State(self._threads)
+        state.keeper = loop.create_task(self._keep(), name="mcp_hub_cache sweep")
+        return state
+
+    async def _close(self, state: _State) -> None:
+        tasks = [task for task in (state.keeper, state.room) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        # Jobs that run end; waiting for that must not stop the loop, so a thread does it.
+        closer = ThreadPoolExecutor(1, thread_name_prefix="mcp_hub_cache_close")
+        try:
+            await asyncio.get_running_loop().run_in_executor(closer, _shut_down, state)
+        finally:
+            closer.shutdown(wait=False)
+        if self._local.peek() is None:
+            self._folder.close()
+
+    async def _job(self, work: Callable[..., T], *args: object) -> T:
+        result: T = await _in_thread(self._folder, work, *args, executor=self._local.get().jobs)
+        return result
+
+    async def _change(self, work: Callable[..., T], *args: object) -> T:
+        result = await self._job(work, *args)
+        await self._keep_bound()
+        return result
+
+    def now(self) -> float:
+        """Seconds since the epoch; see ``Store.now``."""
+        return self._clock()
+
+    def lane(self, key: bytes, /) -> Hashable:  # noqa: ARG002 -- the protocol's signature
+        """One lane: jobs run in several threads, and a lane per key's size would let a delete overtake a write."""
+        return None
+
+    # Store
+
+    async def get_many(self, keys: Sequence[bytes], /) -> list[bytes | None]:
+        """See ``Store.get_many``."""
+        return await self._job(self._batches.get, keys)
+
+    async def head_many(self, keys: Sequence[bytes], /) -> list[bytes | None]:
+        """See ``Store.head_many``."""
+        return await self._job(self._batches.get, keys, HEAD_SIZE)
+
+    async def begin_many(self, keys: Sequence[bytes], /, *, hold: float) -> list[Begun]:
+        """See ``Store.begin_many``."""
+        return await self._change(self._batches.begin, keys, hold)
+
+    async def write_many(self, writes: Sequence[Write], /) -> list[Outcome]:
+        """See ``Store.write_many``. Returns within the bound where eviction takes no longer than 50 ms."""
+        return await self._change(self._batches.write, writes)
+
+    async def patch_many(self, patches: Sequence[Patch], /) -> list[Outcome]:
+        """See ``Store.patch_many``."""
+        return await self._job(self._batches.patch, patches)
+
+    async def delete_many(self, keys: Sequence[bytes], /) -> list[bytes | None]:
+        """See ``Store.delete_many``."""
+        return await self._job(self._batches.delete, keys)
+
+    async def scan(self, prefix: bytes, /) -> AsyncGenerator[list[tuple[bytes, bytes]], None]:
+        """See ``Store.scan``. One job per page, of what a few milliseconds find."""
+        shelves: _file_upkeep.Shelves = await self._job(self._folder.shelves, prefix)
+        while shelves:
+            page, shelves = await self._job(_file_upkeep.scan, self._folder, prefix, shelves)
+            if page:
+                yield page
+
+    async def clear(self, prefix: bytes, /) -> int:
+        """See ``Store.clear``. One job per few shelves; a shelf that can't be cleared keeps none of the others."""
+        shelves: _file_upkeep.Shelves = await self._job(self._folder.shelves, prefix)
+        total, trouble = 0, None
+        while shelves:
+            count, error, shelves = await self._job(_file_upkeep.clear, self._folder, prefix, shelves)
+            total += count
+            trouble = trouble or error
+        if trouble is not None:
+            raise trouble
+        return total
+
+    async def ping(self) -> None:
+        """Return if the folder is there, or can be made, and takes a file. Leaves none."""
+        await self._job(self._folder.probe)
+
+    async def info(self) -> Mapping[str, str | int | float]:
+        """Files and entries of all namespaces, counted."""
+        facts = await self._job(_file_upkeep.count, self._folder)
+        size_mb = round(facts["total_bytes"] / (1024 * 1024), 2)
+        return {"cache_dir": str(self._directory), **facts, "total_size_mb": size_mb}
+
+    async def aclose(self) -> None:
+        """End the background sweep, wait for jobs that run, and let go of threads and table."""
+        await self._local.aclose()
+
+    # Coherent and Leases
+
+    def stamp(self, key: bytes, /) -> int | None:
+        """See ``Coherent.stamp``. None before the namespace was first used here, and while the key is being changed."""
+        slot = self._slots.get(key)
+        if slot is None:
+            place = self._folder.place(key)
+            slot = (place.space, bucket_of(place.name))
+            if len(self._slots) >= _MAX_SLOTS:
+                self._slots.clear()
+            self._slots[key] = slot
+        table = self._folder.open_table(slot[0])
+        return None if table is None else table.stamp(slot[1])
+
+    async def changed(self, key: bytes, stamp: int, /) -> None:
+        """See ``Coherent.changed``. Looks every 5 ms, and less and less often down to every 50 ms."""
+        pause, growth, longest = _POLLS
+        while self.stamp(key) == stamp:
+            await asyncio.sleep(pause)
+            pause = min(pause * growth, longest)
+
+    async def renew_many(self, held: Sequence[Held], /, *, hold: float) -> list[bool]:
+        """See ``Leases.renew_many``."""
+        return await self._job(self._batches.renew, held, hold)
+
+    async def release_many(self, held: Sequence[Held], /) -> None:
+        """See ``Leases.release_many``."""
+        await self._job(self._batches.release, held)
+
+    # In the background
+
+    async def sweep(self) -> int:
+        """Remove expired files and what dead writers left; answer how many had expired. The background does it too."""
+        return await self._sweep(pause=0.0)
+
+    async def _sweep(self, pause: float) -> int:
+        shelves: _file_upkeep.Shelves = await self._background(self._folder.shelves)
+        total = 0
+        while shelves:
+            count, shelves = await self._background(_file_upkeep.sweep, self._folder, shelves)
+            total += count
+            await asyncio.sleep(pause)
+        await self._background(self._folder.finish_sweep)
+        return total
+
+    async def _background(self, work: Callable[..., T], *args: object) -> T:
+        result: T = await _in_thread(self._folder, work, *args, executor=self._local.get().upkeep)
+        return result
+
+    async def _keep(self) -> None:
+        await asyncio.sleep(_FIRST_SWEEP)
+        due = 0.0
+        while True:
+            try:
+                await self._background(self._folder.refresh)
+                if time.monotonic() >= due:
+                    # One sweep per interval does for all processes; the first is each one's own, for what a kill left.
+                    fresh = due and 0 <= time.time() - self._folder.swept() < self._sweep_interval * 0.9
+                    due = time.monotonic() + self._sweep_interval
+                    if not fresh:
+                        await self._sweep(_BREATH)
+                        await self._keep_bound()
+            except StoreError as error:
+                _log.debug("the sweep of the file cache failed: %s", error)  # calls meet the same, and say so
+            except Exception:  # noqa: BLE001 -- the task goes on whatever happens; the log has it
+                _log.exception("the sweep of the file cache failed")
+            await asyncio.sleep(min(_WATCH, self._sweep_interval))
+
+    async def _keep_bound(self) -> None:
+        if self._max_bytes is None or self._folder.usage() <= self._max_bytes:
+            return
+        state = self._local.get()
+        if state.room is None or state.room.done():
+            state.room = asyncio.get_running_loop().create_task(self._make_room(self._max_bytes))
+        await asyncio.wait({state.room}, timeout=_ROOM)
+
+    async def _make_room(self, max_bytes: int) -> None:
+        try:
+            dropped = await self._background(_file_upkeep.evict, self._folder, max_bytes, _ROOM)
+        except StoreError as error:
+            _log.warning("the file cache could not make room: %s", error)
+            return
+        if dropped and self.on_evict is not None:
+            self.on_evict(dropped)
+
+
+def _call(folder: Folder, work: Callable[..., Any], *args: object) -> Any:
+    try:
+        return work(*args)
+    except OSError as error:
+        raise store_error(error, folder.directory) from error
+
+
+_in_thread: Final[Callable[..., Any]] = wrap(_call)
+
+
+def _shut_down(state: _State) -> None:
+    state.jobs.shutdown()
+    state.upkeep.shutdown()

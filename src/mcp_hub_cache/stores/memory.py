@@ -1,0 +1,255 @@
+"""A store in this process's memory: for tests, for programs that need no more, and as the last resort.
+
+Strategy: one dict from key to (frame, dead line), guarded by nothing, since no method awaits between looking and
+    acting:
+every operation is atomic on its event loop. Every method returns a finished future, so that callers pay no task.
+Expired entries go when they are met and by a sweep over a few keys with every write; the oldest go for room. Stamps
+are one counter per key-hash bucket.
+
+The store outlives event loops: it holds nothing that is bound to one, except the waiters in ``changed``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
+from typing import Final, TypeVar
+
+from .._exceptions import StoreFullError
+from .._frame import HEAD_SIZE, TOKEN, TOKEN_SIZE, Kind, is_live, peek, placeholder
+from .._protocols import Begun, Fence, Held, Outcome, Patch, Write
+from . import next_store_id
+
+T = TypeVar("T")
+
+_SWEEP: Final = 2  # expired entries looked for per write: more than one, so that the dead go faster than the new come
+_PAGE: Final = 500
+
+
+def _done(value: T) -> asyncio.Future[T]:
+    future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+    future.set_result(value)
+    return future
+
+
+class MemoryStore:
+    """Frames in a dict, least recently used dropped first.
+
+    Args:
+        max_bytes: Room for frames and keys together; None: no bound.
+        clock: Seconds since the epoch; a fake one for tests. The default never goes backwards.
+        on_evict: Called with the number of entries dropped for room.
+    """
+
+    name = "memory"
+
+    def __init__(
+        self,
+        *,
+        max_bytes: int | None = 256 * 1024 * 1024,
+        clock: Callable[[], float] | None = None,
+        on_evict: Callable[[int], None] | None = None,
+    ) -> None:
+        if max_bytes is not None and max_bytes <= 0:
+            raise ValueError(f"max_bytes must be more than 0 or None, not {max_bytes!r}")
+        self.id = next_store_id()
+        self.on_evict = on_evict
+        offset = time.time() - time.monotonic()
+        self._clock = clock if clock is not None else lambda: time.monotonic() + offset
+        self._max_bytes = max_bytes
+        self._size = 0
+        self._entries: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()  # least recently used first
+        self._stamps: dict[int, int] = {}
+        self._waiters: dict[int, list[asyncio.Future[None]]] = {}
+
+    def now(self) -> float:
+        """Seconds since the epoch; see ``Store.now``."""
+        return self._clock()
+
+    def lane(self, key: bytes, /) -> Hashable:  # noqa: ARG002  # the protocol's
+        """One lane: nothing here can make one key wait for another."""
+        return None
+
+    # What stands under a key, and changing it. All synchronous.
+
+    def _get(self, key: bytes) -> bytes | None:
+        held = self._entries.get(key)
+        if held is None:
+            return None
+        frame, dead = held
+        if self._clock() >= dead:
+            self._drop(key)
+            return None
+        self._entries.move_to_end(key)
+        return frame
+
+    def _put(self, key: bytes, frame: bytes, keep: float | None) -> Outcome:
+        size = len(key) + len(frame)
+        if self._max_bytes is not None and size > self._max_bytes:
+            return StoreFullError(
+                f"an entry of {size} bytes does not fit in {self._max_bytes}.", cure="Raise max_bytes."
+            )
+        self._drop(key)
+        self._entries[key] = (frame, math.inf if keep is None else self._clock() + keep)
+        self._size += size
+        self._make_room()
+        return "done"
+
+    def _drop(self, key: bytes) -> bytes | None:
+        held = self._entries.pop(key, None)
+        self._bump(key)
+        if held is None:
+            return None
+        self._size -= len(key) + len(held[0])
+        return held[0] if self._clock() < held[1] else None
+
+    def _make_room(self) -> None:
+        now = self._clock()
+        for _ in range(min(_SWEEP, len(self._entries))):
+            key, (_, dead) = next(iter(self._entries.items()))
+            if now < dead:
+                break
+            self._drop(key)
+        evicted = 0
+        while self._max_bytes is not None and self._size > self._max_bytes:
+            self._drop(next(iter(self._entries)))
+            evicted += 1
+        if evicted and self.on_evict is not None:
+            self.on_evict(evicted)
+
+    def _bump(self, key: bytes) -> None:
+        bucket = hash(key) & 0xFFFF
+        self._stamps[bucket] = self._stamps.get(bucket, 0) + 1
+        for future in self._waiters.pop(bucket, ()):
+            if not future.done():
+                future.get_loop().call_soon_threadsafe(_wake, future)
+
+    def _holds(self, key: bytes, fence: Fence) -> bytes | None:
+        """The frame under *key* if it still carries the fence's token."""
+        frame = self._get(key) if fence.store == self.id else None
+        return frame if frame is not None and frame[TOKEN] == fence.token else None
+
+    # Store
+
+    def get_many(self, keys: Sequence[bytes], /) -> Awaitable[list[bytes | None]]:
+        """See ``Store.get_many``."""
+        return _done([self._get(key) for key in keys])
+
+    def head_many(self, keys: Sequence[bytes], /) -> Awaitable[list[bytes | None]]:
+        """See ``Store.head_many``."""
+        return _done([frame and frame[:HEAD_SIZE] for frame in map(self._get, keys)])
+
+    def begin_many(self, keys: Sequence[bytes], /, *, hold: float) -> Awaitable[list[Begun]]:
+        """See ``Store.begin_many``."""
+        return _done([self._begin(key, hold) for key in keys])
+
+    def _begin(self, key: bytes, hold: float) -> Begun:
+        frame = self._get(key)
+        if frame is not None:
+            return Begun(frame, Fence(self.id, frame[TOKEN]), leader=False)
+        token = secrets.token_bytes(TOKEN_SIZE)
+        self._put(key, placeholder(key, token, self.now(), hold), hold)
+        return Begun(None, Fence(self.id, token), leader=True)
+
+    def write_many(self, writes: Sequence[Write], /) -> Awaitable[list[Outcome]]:
+        """See ``Store.write_many``."""
+        return _done([self._write(write) for write in writes])
+
+    def _write(self, write: Write) -> Outcome:
+        if write.fence is not None and self._holds(write.key, write.fence) is None:
+            return "refused"
+        return self._put(write.key, write.frame, write.keep)
+
+    def patch_many(self, patches: Sequence[Patch], /) -> Awaitable[list[Outcome]]:
+        """See ``Store.patch_many``."""
+        return _done([self._patch(patch) for patch in patches])
+
+    def _patch(self, patch: Patch) -> Outcome:
+        frame = self._holds(patch.key, patch.fence)
+        if frame is None:
+            return "refused"
+        return self._put(patch.key, patch.head + frame[HEAD_SIZE:], patch.keep)
+
+    def delete_many(self, keys: Sequence[bytes], /) -> Awaitable[list[bytes | None]]:
+        """See ``Store.delete_many``."""
+        return _done([frame and frame[:HEAD_SIZE] for frame in map(self._drop, keys)])
+
+    async def scan(self, prefix: bytes, /) -> AsyncGenerator[list[tuple[bytes, bytes]], None]:
+        """See ``Store.scan``. Pages of up to 500, with a turn of the loop between them."""
+        keys = [key for key in self._entries if key.startswith(prefix)]
+        for start in range(0, len(keys), _PAGE):
+            now = self._clock()
+            held = ((key, self._entries.get(key)) for key in keys[start : start + _PAGE])
+            yield [(key, entry[0][:HEAD_SIZE]) for key, entry in held if entry is not None and now < entry[1]]
+            await asyncio.sleep(0)
+
+    def clear(self, prefix: bytes, /) -> Awaitable[int]:
+        """See ``Store.clear``."""
+        frames = [self._drop(key) for key in [key for key in self._entries if key.startswith(prefix)]]
+        heads = [peek(frame) for frame in frames if frame is not None]
+        return _done(sum(1 for head in heads if head is not None and head.kind == Kind.ENTRY))
+
+    def ping(self) -> Awaitable[None]:
+        """Always serves."""
+        return _done(None)
+
+    def info(self) -> Awaitable[Mapping[str, str | int | float]]:
+        """Entries and bytes held."""
+        now = self.now()
+        expired = sum(1 for frame, dead in self._entries.values() if now >= dead or not is_live(peek(frame), now))
+        facts: Mapping[str, str | int | float] = {
+            "total_keys": len(self._entries) - expired,
+            "expired_keys": expired,
+            "total_bytes": self._size,
+        }
+        return _done(facts)
+
+    def aclose(self) -> Awaitable[None]:
+        """Nothing to give back; the entries stay for the next loop."""
+        return _done(None)
+
+    # Coherent and Leases
+
+    def stamp(self, key: bytes, /) -> int | None:
+        """See ``Coherent.stamp``."""
+        return self._stamps.get(hash(key) & 0xFFFF, 0)
+
+    async def changed(self, key: bytes, stamp: int, /) -> None:
+        """See ``Coherent.changed``."""
+        if self.stamp(key) != stamp:
+            return
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiters = self._waiters.setdefault(hash(key) & 0xFFFF, [])
+        waiters.append(future)
+        try:
+            await future
+        finally:
+            if future in waiters:
+                waiters.remove(future)
+
+    def renew_many(self, held: Sequence[Held], /, *, hold: float) -> Awaitable[list[bool]]:
+        """See ``Leases.renew_many``."""
+        return _done([self._renew(one, hold) for one in held])
+
+    def _renew(self, held: Held, hold: float) -> bool:
+        frame = self._holds(held.key, held.fence)
+        if frame is None:
+            return False
+        self._entries[held.key] = (frame, self._clock() + hold)
+        return True
+
+    def release_many(self, held: Sequence[Held], /) -> Awaitable[None]:
+        """See ``Leases.release_many``."""
+        for one in held:
+            if self._holds(one.key, one.fence) is not None:
+                self._drop(one.key)
+        return _done(None)
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

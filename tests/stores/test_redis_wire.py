@@ -1,0 +1,398 @@
+"""Wires against a server that does as it is told: order, cancellation, doubt, deadlines."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import warnings
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import hiredis
+import pytest
+
+from mcp_hub_cache import _exceptions as errors
+from mcp_hub_cache._lifetime import PerLoop
+from mcp_hub_cache.stores import _redis_wire
+from mcp_hub_cache.stores._redis_address import Address
+from mcp_hub_cache.stores._redis_wire import Clock, Doubt, Wire, Wires, pack, steady
+from tests.servers import valkey_server
+
+GET = pack((b"GET", b"k"))
+
+
+class Script:
+    """A server whose every reply is sent by the test. Greets, and tells the time, by itself."""
+
+    def __init__(self) -> None:
+        self.path = ""
+        self.accepting = True
+        self.accepted = 0
+        self.asked: asyncio.Queue[list[bytes]] = asyncio.Queue()
+        self.writers: list[asyncio.StreamWriter] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        self.writers.append(writer)
+        parser = hiredis.Reader()
+        try:
+            while data := await reader.read(65536):
+                parser.feed(data)
+                while (command := parser.gets()) is not False:
+                    if not self.accepting:
+                        continue
+                    if command[0] == b"CLIENT":
+                        writer.write(b"+OK\r\n")
+                    elif command[0] == b"TIME":
+                        writer.write(b"*2\r\n$10\r\n1700000000\r\n$6\r\n500000\r\n")
+                    else:
+                        self.asked.put_nowait(command)
+        except OSError:
+            pass
+        finally:
+            writer.close()
+
+    def say(self, data: bytes) -> None:
+        self.writers[-1].write(data)
+
+    def hang_up(self) -> None:
+        self.writers[-1].transport.abort()
+
+
+@pytest.fixture
+async def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Script]:
+    script = Script()
+    monkeypatch.chdir(tmp_path)  # a unix socket's path is short
+    script.path = "s"
+    server = await asyncio.start_unix_server(script.serve, script.path)
+    yield script
+    for writer in script.writers:
+        writer.close()
+    server.close()
+    await server.wait_closed()
+
+
+@asynccontextmanager
+async def opened(script: Script, *, timeout: float = 5.0, clock: Clock | None = None) -> AsyncIterator[Wire]:
+    wire = Wire(asyncio.get_running_loop(), Address(path=script.path), timeout, clock or Clock())
+    yield wire
+    await wire.aclose()
+
+
+def first(replies: list[Any]) -> Any:
+    return replies[0]
+
+
+async def test_replies_go_to_the_requests_in_order(script: Script) -> None:
+    async with opened(script) as wire:
+        one = wire.send(GET, 1, first)
+        many = wire.send(GET * 3, 3, list)
+        last = wire.send(GET, 1, first)
+        for _ in range(5):
+            await script.asked.get()
+        script.say(b":1\r\n:2\r\n$-1\r\n")
+        assert await one == 1
+        assert not many.done()
+        script.say(b"*1\r\n:3\r\n+four\r\n")
+        assert await many == [2, None, [3]]
+        assert await last == b"four"
+
+
+async def test_a_reply_in_pieces(script: Script) -> None:
+    async with opened(script) as wire:
+        future = wire.send(GET, 1, first)
+        await script.asked.get()
+        for byte in b"$5\r\nhe\r\nl\r\n":
+            script.say(bytes([byte]))
+            await asyncio.sleep(0)
+        assert await future == b"he\r\nl"
+
+
+@pytest.mark.parametrize("when", ["connecting", "sent", "half answered"])
+async def test_a_cancelled_request_keeps_its_place(script: Script, when: str) -> None:
+    async with opened(script) as wire:
+        if when != "connecting":
+            warm = wire.send(GET, 1, first)
+            await script.asked.get()
+            script.say(b"+warm\r\n")
+            await warm
+        gone = wire.send(pack((b"GET", b"gone")) * 2, 2, list)
+        if when == "half answered":
+            await script.asked.get()
+            await script.asked.get()
+            script.say(b"+theirs\r\n")
+            await asyncio.sleep(0.01)
+        gone.cancel()
+        mine = wire.send(pack((b"GET", b"mine")), 1, first)
+        if when == "connecting":  # it was never sent
+            assert await script.asked.get() == [b"GET", b"mine"]
+            script.say(b"+mine\r\n")
+        else:
+            while (await script.asked.get())[1] != b"mine":
+                pass
+            script.say((b"" if when == "half answered" else b"+theirs\r\n") + b"+theirs\r\n+mine\r\n")
+        assert await mine == b"mine"
+        assert script.accepted == 1
+
+
+@pytest.mark.parametrize("noise", [b"+nobody asked\r\n", b"\x15\x03\x01\x00\x02\x02\x46", b"?"])
+async def test_what_nobody_asked_for_ends_the_connection(script: Script, noise: bytes) -> None:
+    async with opened(script) as wire:
+        future = wire.send(GET, 1, first)
+        await script.asked.get()
+        script.say(b"+one\r\n" + noise)
+        assert await future == b"one"
+        second = wire.send(GET, 1, first)
+        # Either it went out before the noise was seen, and fails with it, or it has a new connection.
+        answer = asyncio.create_task(script.asked.get())
+        await asyncio.wait({second, answer}, return_when=asyncio.FIRST_COMPLETED)
+        if not second.done():
+            script.say(b"+two\r\n")
+            assert await second == b"two"
+        else:
+            assert isinstance(second.exception(), errors.StoreProtocolError)
+        answer.cancel()
+        third = wire.send(GET, 1, first)
+        await script.asked.get()
+        script.say(b"+three\r\n")
+        assert await third == b"three"
+        assert script.accepted == 2
+
+
+async def test_bytes_that_do_not_parse_fail_all_that_wait(script: Script) -> None:
+    async with opened(script) as wire:
+        futures = [wire.send(GET, 1, first) for _ in range(3)]
+        for _ in futures:
+            await script.asked.get()
+        script.say(b"+one\r\nHTTP/1.1 400 Bad Request\r\n")
+        results = await asyncio.gather(*futures, return_exceptions=True)
+        assert results[0] == b"one"
+        assert [type(result) for result in results[1:]] == [errors.StoreProtocolError] * 2
+
+
+@pytest.mark.parametrize("reason", [Doubt(), KeyError("a mistake of ours"), RecursionError()])
+async def test_an_answer_of_the_wrong_shape_ends_the_connection(script: Script, reason: Exception) -> None:
+    def convert(_: list[Any]) -> None:
+        raise reason
+
+    async with opened(script) as wire:
+        bad, behind = wire.send(GET, 1, convert), wire.send(GET, 1, first)
+        await script.asked.get()
+        script.say(b"+one\r\n+two\r\n")
+        results = await asyncio.gather(bad, behind, return_exceptions=True)
+        assert [type(result) for result in results] == [errors.StoreProtocolError] * 2
+
+
+async def test_an_error_of_one_request_is_its_own(script: Script) -> None:
+    def convert(replies: list[Any]) -> None:
+        raise errors.StoreFullError(str(replies[0]))
+
+    async with opened(script) as wire:
+        full, fine = wire.send(GET, 1, convert), wire.send(GET, 1, first)
+        await script.asked.get()
+        script.say(b"-OOM\r\n+fine\r\n")
+        with pytest.raises(errors.StoreFullError, match="OOM"):
+            await full
+        assert await fine == b"fine"
+        assert script.accepted == 1
+
+
+# Connections that end
+
+
+async def test_hung_up_in_the_middle(script: Script) -> None:
+    """Once something was heard since the request, repeating it could be one time too many."""
+    async with opened(script) as wire:
+        futures = [wire.send(GET, 1, first, again=True) for _ in range(2)]
+        for _ in futures:
+            await script.asked.get()
+        script.say(b"+one\r\n+hal")
+        assert await futures[0] == b"one"
+        script.hang_up()
+        with pytest.raises(errors.StoreUnreachableError):
+            await futures[1]
+
+
+async def test_hung_up_while_idle_is_repeated_once(script: Script) -> None:
+    async with opened(script) as wire:
+        warm = wire.send(GET, 1, first)
+        await script.asked.get()
+        script.say(b"+warm\r\n")
+        await warm
+        script.hang_up()
+        again, once = wire.send(GET, 1, first, again=True), wire.send(GET, 1, first)
+        with pytest.raises(errors.StoreUnreachableError):
+            await once
+        await script.asked.get()
+        script.say(b"+again\r\n")
+        assert await again == b"again"
+        assert script.accepted == 2
+        script.hang_up()
+        doomed = wire.send(GET, 1, first, again=True)
+        await script.asked.get()
+        script.hang_up()
+        with pytest.raises(errors.StoreUnreachableError):
+            await doomed
+        assert script.accepted == 3
+
+
+async def test_a_failed_connect_fails_all_and_the_next_request_tries_anew(script: Script) -> None:
+    wire = Wire(asyncio.get_running_loop(), Address(path="nowhere"), 5.0, Clock())
+    for _ in range(2):
+        futures = [wire.send(GET, 1, first, again=True) for _ in range(3)]
+        results = await asyncio.gather(*futures, return_exceptions=True)
+        assert {type(result) for result in results} == {errors.StoreUnreachableError}
+    await wire.aclose()
+
+
+# Deadlines
+
+
+async def test_the_deadline_counts_from_send_and_covers_connecting(script: Script) -> None:
+    script.accepting = False
+    async with opened(script, timeout=0.2) as wire:
+        started = time.monotonic()
+        with pytest.raises(errors.StoreTimeoutError, match=r"within 0\.2 s"):
+            await wire.send(GET, 1, first, again=True)
+        assert 0.19 < time.monotonic() - started < 0.4
+
+
+async def test_the_oldest_decides_and_takes_the_rest_along(script: Script) -> None:
+    async with opened(script, timeout=0.2) as wire:
+        warm = wire.send(GET, 1, first)
+        await script.asked.get()
+        script.say(b"+warm\r\n")
+        await warm
+        started = time.monotonic()
+        old = wire.send(GET, 1, first)
+        await asyncio.sleep(0.1)
+        young = wire.send(GET, 1, first)
+        results = await asyncio.gather(old, young, return_exceptions=True)
+        assert 0.19 < time.monotonic() - started < 0.4
+        assert {type(result) for result in results} == {errors.StoreTimeoutError}
+        script.asked = asyncio.Queue()
+        fresh = wire.send(GET, 1, first)
+        await script.asked.get()
+        script.say(b"+fresh\r\n")
+        assert await fresh == b"fresh"
+        assert script.accepted == 2
+
+
+async def test_a_steady_flow_never_times_out(script: Script) -> None:
+    async with opened(script, timeout=0.1) as wire:
+        until = time.monotonic() + 0.3
+        while time.monotonic() < until:
+            future = wire.send(GET, 1, first)
+            await script.asked.get()
+            script.say(b"+x\r\n")
+            assert await future == b"x"
+
+
+async def test_a_busy_process_is_no_failure(script: Script) -> None:
+    async with opened(script, timeout=0.1) as wire:
+        future = wire.send(GET, 1, first)
+        await script.asked.get()
+        time.sleep(0.3)  # the loop is blocked: nothing could have been read meanwhile
+        script.say(b"+late\r\n")
+        assert await future == b"late"
+
+
+async def test_a_busy_process_buys_no_endless_grace(script: Script) -> None:
+    async with opened(script, timeout=0.1) as wire:
+        future = wire.send(GET, 1, first)
+        await script.asked.get()
+        time.sleep(0.3)
+        started = time.monotonic()
+        with pytest.raises(errors.StoreTimeoutError):
+            await future
+        assert time.monotonic() - started < 0.4
+
+
+# Closing, other processes, time
+
+
+async def test_a_closed_wire_stays_closed(script: Script) -> None:
+    async with opened(script) as wire:
+        await wire.aclose()
+        with pytest.raises(errors.StoreUnreachableError, match="closed"):
+            await wire.send(GET, 1, first, again=True)
+        assert script.accepted == 0
+
+
+async def test_the_clock_is_learnt_on_connecting(script: Script) -> None:
+    clock = Clock()
+    assert clock.now() == pytest.approx(time.time(), abs=1)
+    async with opened(script, clock=clock) as wire:
+        future = wire.send(GET, 1, first)
+        await script.asked.get()
+        assert clock.now() == pytest.approx(time.time(), abs=1)
+        script.say(b"+x\r\n")
+        await future
+    assert clock.now() == pytest.approx(1_700_000_000.5, abs=0.5)
+
+
+async def test_the_time_is_asked_for_again(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_redis_wire, "_ASK_EVERY", 0.0)
+    learnt = asyncio.Event()
+
+    class Counting(Clock):
+        times = 0
+
+        def learn(self, told: float, asked: float, heard: float) -> None:
+            self.times += 1
+            if self.times == 2:
+                learnt.set()
+
+    async with opened(script, timeout=0.1, clock=Counting()) as wire:
+        future = wire.send(GET, 1, first)
+        await script.asked.get()
+        script.say(b"+x\r\n")
+        await future
+        await asyncio.wait_for(learnt.wait(), 5)
+
+
+def test_a_slow_answer_that_contradicts_nothing_teaches_nothing() -> None:
+    clock = Clock()
+    base = steady()
+    clock.learn(1000.0, base, base + 0.002)
+    near = clock.now() - steady()
+    clock.learn(1000.3, base, base + 1.0)
+    assert clock.now() - steady() == pytest.approx(near, abs=1e-6)
+    clock.learn(2000.0, base, base + 1.0)
+    assert clock.now() - steady() == pytest.approx(near + 1000, abs=1)
+
+
+async def test_a_forked_child_opens_connections_of_its_own() -> None:
+    with valkey_server(tcp=False) as server:
+        wires: PerLoop[Wires] = PerLoop(
+            lambda loop: Wires(loop, Address(path=server.socket_path), 5.0, Clock(), 1), owner="it", close=Wires.aclose
+        )
+
+        async def client_id() -> int:
+            number: int = await wires.get().reads.send(pack((b"CLIENT", b"ID")), 1, first)
+            return number
+
+        mine = await client_id()
+        read_end, write_end = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # from 3.12 on, where other tests have left threads
+            pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                asyncio._set_running_loop(None)
+                os.write(write_end, b"%d" % asyncio.run(client_id()))
+                code = 0
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        theirs = int(os.read(read_end, 100))
+        os.close(read_end)
+        os.close(write_end)
+        assert theirs != mine
+        assert await client_id() == mine
+        await wires.aclose()

@@ -1,0 +1,363 @@
+"""What type checkers make of the public API. Nothing here runs: mypy in strict mode and pyright read it.
+
+Each ``type: ignore`` is an error that has to be there: both checkers report one that is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar, assert_type
+
+from mcp_hub_cache import (
+    FOREVER,
+    MISSING,
+    Acached,
+    AsyncCache,
+    Cache,
+    CacheStatus,
+    Entry,
+    FileCache,
+    MemoryCache,
+    MissingType,
+    Observer,
+    RedisCache,
+    Stats,
+    Store,
+    acached,
+    default_cache,
+    open_cache,
+)
+from mcp_hub_cache.stores.file import FileStore
+from mcp_hub_cache.stores.memory import MemoryStore
+
+T = TypeVar("T")
+N = TypeVar("N", int, str)
+
+
+@dataclass
+class Item:
+    name: str
+
+
+# Functions, bare and with options
+
+
+@acached
+async def bare(query: str, limit: int = 10, *, exact: bool = False) -> list[Item]:
+    return []
+
+
+@acached(ttl="10m", key="search:{query}", ignore=["limit"], version=2, cache_if=bool, namespace="tools")
+async def optioned(query: str, limit: int = 10, *, exact: bool = False) -> list[Item]:
+    return []
+
+
+@acached()
+async def empty_options() -> None: ...
+
+
+async def functions() -> None:
+    assert_type(await bare("q"), list[Item])
+    assert_type(await bare("q", 5, exact=True), list[Item])
+    assert_type(await bare(query="q", limit=5), list[Item])
+    assert_type(await optioned("q", limit=5), list[Item])
+    await empty_options()
+
+    await bare()  # type: ignore[call-arg]  # query is missing
+    await bare(1)  # type: ignore[arg-type]  # no str
+    await bare("q", 5, True)  # type: ignore[call-arg]  # exact is keyword-only
+    await bare("q", unknown=1)  # type: ignore[call-arg]
+    await optioned(1)  # type: ignore[arg-type]
+    await empty_options(1)  # type: ignore[call-arg]
+    text: str = await bare("q")  # type: ignore[assignment]  # a list
+    print(text)
+
+
+async def extras() -> None:
+    for function in (bare, optioned):
+        assert_type(function.key("q", exact=True), str)
+        assert_type(await function.invalidate("q", 5), bool)
+        assert_type(await function.refresh("q", limit=5), list[Item])
+        assert_type(await function.peek("q"), list[Item] | MissingType)
+        assert_type(await function.bypass("q"), list[Item])
+        assert_type(await function.clear(), int)
+        assert_type(function.stats(), Stats)
+        assert_type(function.__name__, str)
+
+        function.key()  # type: ignore[call-arg]
+        function.key(1)  # type: ignore[arg-type]
+        await function.invalidate("q", "5")  # type: ignore[arg-type]
+        await function.refresh("q", nope=1)  # type: ignore[call-arg]
+        await function.peek(query=1)  # type: ignore[arg-type]
+        await function.bypass()  # type: ignore[call-arg]
+        await function.clear("q")  # type: ignore[call-arg]
+
+    found = await bare.peek("q")
+    if found is not MISSING:
+        assert_type(found, list[Item])
+    maybe = found or []
+    assert_type(maybe, list[Item])
+
+
+def as_arguments() -> None:
+    """A decorated function goes wherever the plain one went."""
+
+    def takes(function: Callable[[str], Coroutine[Any, Any, list[Item]]]) -> None: ...
+    def takes_acached(function: Acached[[str, int], int]) -> None: ...
+    def takes_other(function: Callable[[int], Coroutine[Any, Any, list[Item]]]) -> None: ...
+
+    takes(bare)
+    takes(optioned)
+    takes_other(bare)  # type: ignore[arg-type]
+
+    @acached
+    async def two(x: str, y: int, /) -> int:
+        return y
+
+    takes_acached(two)
+    takes_acached(bare)  # type: ignore[arg-type]
+
+
+# Generic functions
+
+
+@acached
+async def first(items: Sequence[T]) -> T:
+    return items[0]
+
+
+@acached(ttl=5)
+async def same(value: N, other: N) -> N:
+    return value
+
+
+async def generics() -> None:
+    assert_type(await first([1, 2]), int)
+    assert_type(await first.refresh(["a"]), str)
+    assert_type(await first.peek([1.5]), float | MissingType)
+    assert_type(await same("a", "b"), str)
+    await same(1, "b")  # type: ignore[type-var]
+    await first(5)  # type: ignore[arg-type]
+
+
+# Parameters of all kinds
+
+
+@acached
+async def all_kinds(a: int, /, b: str = "", *args: float, c: bool, **rest: bytes) -> dict[str, int]:
+    return {}
+
+
+async def kinds() -> None:
+    assert_type(await all_kinds(1, "b", 1.0, 2.0, c=True, d=b""), dict[str, int])
+    assert_type(all_kinds.key(1, c=True), str)
+    await all_kinds(1)  # type: ignore[call-arg]
+    await all_kinds(1, c=True, d="")  # type: ignore[arg-type]
+    await all_kinds.refresh(a=1, c=True)  # type: ignore[call-arg, arg-type]
+
+
+# Methods
+
+
+class Client:
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    @property
+    def __cache_key__(self) -> str:
+        return self.url
+
+    @acached
+    async def fetch(self, path: str, *, raw: bool = False) -> bytes:
+        return b""
+
+    @acached(ttl="1h", scope="me")
+    async def get(self, path: str, default: T) -> str | T:
+        return path
+
+    @staticmethod
+    @acached
+    async def under(x: int) -> list[int]:
+        return [x]
+
+    @staticmethod
+    @acached(ttl=60)
+    async def under_with_options(x: int) -> list[int]:
+        return [x]
+
+    async def uses_itself(self) -> bytes:
+        return await self.fetch("x", raw=True)
+
+
+class Child(Client):
+    async def more(self) -> bytes:
+        return await super().fetch("x") + await self.fetch.refresh("x")
+
+
+async def methods(client: Client, child: Child) -> None:
+    assert_type(await client.fetch("x"), bytes)
+    assert_type(await child.fetch("x", raw=True), bytes)
+    assert_type(await Client.fetch(client, "x"), bytes)
+    assert_type(await client.get("x", 5), str | int)
+    assert_type(client.fetch.key("x"), str)
+    assert_type(await client.fetch.invalidate("x", raw=True), bool)
+    assert_type(await client.fetch.refresh("x"), bytes)
+    assert_type(await client.fetch.peek("x"), bytes | MissingType)
+    assert_type(await client.fetch.bypass("x"), bytes)
+    assert_type(await client.fetch.clear(), int)
+    assert_type(client.fetch.stats(), Stats)
+    assert_type(await Client.fetch.refresh(client, "x"), bytes)
+
+    await client.fetch()  # type: ignore[call-arg]
+    await client.fetch(1)  # type: ignore[arg-type]
+    await client.fetch(client, "x")  # type: ignore[call-arg, arg-type]
+    client.fetch.key(1)  # type: ignore[arg-type]
+    await client.fetch.refresh("x", nope=1)  # type: ignore[call-arg]
+    await Client.fetch("x")  # type: ignore[call-arg, arg-type]
+
+    assert_type(await Client.under(1), list[int])
+    assert_type(await Client.under_with_options.refresh(1), list[int])
+    assert_type(Client.under.key(1), str)
+    await Client.under("x")  # type: ignore[arg-type]
+    await Client.under.peek("x")  # type: ignore[arg-type]
+    # A limit: on an instance both checkers bind a static method's first parameter. It runs all right.
+    print(await client.under(1))  # type: ignore[call-arg]
+    print(await client.under_with_options.refresh(1))  # type: ignore[call-arg]
+
+
+class Fetches(Protocol):
+    async def fetch(self, path: str, *, raw: bool = False) -> bytes: ...
+
+
+def methods_satisfy_protocols(client: Client) -> None:
+    def takes(each: Callable[[str], Coroutine[Any, Any, bytes]]) -> None: ...
+
+    takes(client.fetch)
+
+
+# What is refused
+
+
+def refused() -> None:
+    @acached  # type: ignore[type-var, arg-type, unused-ignore]
+    def sync(x: int) -> int:
+        return x
+
+    @acached(ttl=5)  # type: ignore[arg-type]
+    def sync_with_options(x: int) -> int:
+        return x
+
+    @acached(ttl=5)  # type: ignore[arg-type]
+    async def stream(x: int) -> AsyncIterator[int]:
+        yield x
+
+    print(sync, sync_with_options, stream)
+
+
+tenant: ContextVar[str] = ContextVar("tenant")
+
+
+def options(cache: AsyncCache) -> None:
+    acached(ttl=5)
+    acached(ttl="5m")
+    acached(ttl=timedelta(minutes=5))
+    acached(ttl=FOREVER)
+    acached(cache=cache)
+    acached(cache=lambda: cache)
+    acached(cache=open_cache)
+    acached(scope=tenant)
+    acached(scope="tenant")
+    acached(scope=lambda user: user)
+    acached(key=lambda x: f"k{x}")
+    acached(ignore=("a", "b"))
+    acached(ignore="a")
+
+    acached(ttl=b"5m")  # type: ignore[call-overload]
+    acached(cache=5)  # type: ignore[call-overload]
+    acached(scope=1.5)  # type: ignore[call-overload]
+    acached(key=5)  # type: ignore[call-overload]
+    acached(nope=1)  # type: ignore[call-overload]
+    acached("5m")  # type: ignore[call-overload]
+
+
+# The cache
+
+
+async def reading(cache: AsyncCache) -> None:
+    assert_type(await cache.get("k"), Any)
+    assert_type(await cache.get("k", 5), Any)
+    assert_type(await cache.get("k", as_type=Item), Item | None)
+    assert_type(await cache.get("k", MISSING, as_type=Item), Item | MissingType)
+    assert_type(await cache.get("k", 5, as_type=str), str | int)
+    assert_type(await cache.get("k", as_type=list[Item]), list[Item] | None)
+    # Not a class but an annotation: checkers can't follow, and don't complain.
+    assert_type(await cache.get("k", as_type=Item | None), Any)
+    assert_type(await cache.get_many(["a", "b"]), dict[str, Any])
+    assert_type(await cache.get_entry("k"), Entry[Any] | None)
+    assert_type(await cache.exists("k"), bool)
+    assert_type(await cache.ttl("k"), float | None)
+    async for key in cache.keys("prefix"):
+        assert_type(key, str)
+
+    await cache.get(b"k")  # type: ignore[call-overload]
+    await cache.get_many([1])  # type: ignore[list-item]
+
+
+async def writing(cache: AsyncCache, mapping: Mapping[str, int]) -> None:
+    await cache.set("k", object(), ttl="1h", as_type=Item)
+    await cache.set_many(mapping, ttl=FOREVER)
+    assert_type(await cache.add("k", 1, ttl=timedelta(1)), bool)
+    assert_type(await cache.delete("k"), bool)
+    assert_type(await cache.delete_many({"a", "b"}), int)
+    assert_type(await cache.touch("k", 5), bool)
+    assert_type(await cache.clear(), int)
+
+    await cache.set("k")  # type: ignore[call-arg]
+    await cache.set(1, 1)  # type: ignore[arg-type]
+    await cache.set("k", 1, 60)  # type: ignore[call-arg]  # ttl is keyword-only
+    await cache.set("k", 1, ttl=[5])  # type: ignore[arg-type]
+    await cache.touch("k")  # type: ignore[call-arg]
+
+
+async def loading(cache: AsyncCache) -> None:
+    async def load() -> Item:
+        return Item("x")
+
+    def plain() -> Item:
+        return Item("x")
+
+    assert_type(await cache.get_or_load("k", load), Item)
+    assert_type(await cache.get_or_load("k", load, ttl=5, as_type=Item, cache_if=lambda item: item.name != ""), Item)
+    await cache.get_or_load("k", plain)  # type: ignore[arg-type]
+    await cache.get_or_load("k", load())  # type: ignore[arg-type, unused-coroutine, unused-ignore]
+
+
+async def all_caches_are_async_caches(observer: Observer) -> None:
+    def takes(cache: AsyncCache) -> None: ...
+
+    takes(MemoryCache(max_bytes=None, namespace="n", default_ttl="1h", l1_max_entries=0, observer=observer))
+    takes(FileCache("cache", max_bytes=10))
+    takes(RedisCache("redis://localhost", fallback=MemoryStore()))
+    takes(Cache(MemoryStore()))
+    takes(open_cache(cache_backend="memory"))
+    takes(await default_cache())
+    takes(MemoryStore())  # type: ignore[arg-type]
+
+    MemoryCache(nope=1)  # type: ignore[call-arg]
+    FileCache(5)  # type: ignore[arg-type]
+    Cache(FileStore("x"), default_ttl=None)  # type: ignore[arg-type]
+
+    async with MemoryCache() as memory:
+        assert_type(memory, MemoryCache)
+        assert_type(await memory.get("k", as_type=int), int | None)
+        assert_type(await memory.status(), CacheStatus)
+        assert_type(await memory.health_check(), bool)
+        assert_type(memory.stats, Stats)
+        assert_type(memory.with_namespace("other"), Cache)
+
+
+def stores_are_stores() -> list[Store]:
+    return [MemoryStore(), FileStore("x")]
