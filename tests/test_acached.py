@@ -336,7 +336,6 @@ class Owner:
     name: str
 
 
-@pytest.mark.xfail(strict=True, reason="bug: functions that close over different objects share their entries, silently")
 @pytest.mark.parametrize("of", [Owner, lambda name: {"n": name}, lambda name: [name]], ids=["frozen", "dict", "list"])
 async def test_what_a_function_closes_over_is_never_mixed_up(
     cache: Cache, of: Callable[[str], object], caplog: pytest.LogCaptureFixture
@@ -1155,9 +1154,9 @@ async def test_what_cannot_be_revived_exactly_is_returned_not_stored_warned_of_o
         assert await decorated(1) is value
     assert calls == 3
     assert decorated.stats().errors == {"uncacheable": 3}
-    assert len(caplog.records) == 1
-    assert "compute" in caplog.text
-    assert says in caplog.text
+    (warning,) = (record.message for record in caplog.records if "not cached" in record.message)
+    assert "compute" in warning
+    assert says in warning
     assert "hunter2" not in caplog.text
     assert await keys_of(cache) == []
 

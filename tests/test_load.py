@@ -453,7 +453,7 @@ async def test_callers_after_a_delete_start_a_new_load(cache: Cache, backend: Ba
     assert await backend.open().get("k") == [1]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: a delete by another process does not part later callers from the load")
+@pytest.mark.xfail(strict=True, reason="for the issue on freshness: another process's delete")
 async def test_callers_here_after_a_delete_elsewhere_start_a_new_load(tmp_path: Path) -> None:
     cache, elsewhere = (FileCache(tmp_path, timeout=30) for _ in range(2))
     first, second = Loader(), Loader(going=True)

@@ -60,7 +60,6 @@ def test_what_is_no_duration(value: Any) -> None:
         seconds(value, "the option")
 
 
-@pytest.mark.xfail(strict=True, reason="bug: text of so many digits counts as FOREVER")
 def test_text_is_never_forever_by_overflow() -> None:
     with pytest.raises(ValueError, match="ttl must be"):
         seconds("9" * 400 + "s")

@@ -255,6 +255,8 @@ def _wrapper(func: Callable[..., Any], calls: Calls) -> Any:
         "stats": calls.counters.snapshot,
     }
     for name, extra in extras.items():
+        if name in _TAKING_ARGUMENTS:
+            extra.__wrapped__ = func  # whose signature it has
         setattr(wrapper, name, extra)
     return wrapper
 

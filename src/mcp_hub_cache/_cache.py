@@ -37,7 +37,8 @@ class Cache(AsyncCache):
         store: Where frames are kept. The cache closes it.
         namespace: Keys of one namespace never touch another's; letters, digits, ``_.-``, at most 64.
         default_ttl: Seconds, where a call gives no ttl; more than 0, or ``FOREVER``.
-        prefix: What every store key begins with.
+        prefix: What every store key begins with. Of two caches on one server, neither's prefix may begin with the
+            other's prefix and namespace.
         timeout: Seconds that one operation may take of the caller's time, waiting for connections and retries included.
             A loader's time is never part of it.
         l1_max_entries: Entries in the near cache; 0: none. It serves only where the store can tell of changes.
@@ -200,7 +201,7 @@ class Cache(AsyncCache):
         if owner is not None:
             return await self._engine.clear_owned(self._entries(prefix), _owner(owner))
         entries = self._entries(prefix)
-        # Without a prefix the whole namespace goes, not only what bears a name.
+        # Without a prefix the whole namespace goes, with what is damaged and bears no name any more.
         return await self._engine.clear(entries if prefix else self._space.root)
 
     def _entries(self, prefix: str) -> bytes:

@@ -16,15 +16,17 @@ import dis
 import functools
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import CodeType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ._async_cache import MISSING, AsyncCache
 from ._bind import bind, bound_names, template
 from ._classes import ClassSet, closure_of, return_annotation
-from ._codec import is_immutable
+from ._exceptions import UncacheableError
 from ._keys import KeySpace, argument_bytes, digest, function_name
 from ._stats import Counters
 
@@ -38,31 +40,21 @@ HOW_TO_IDENTIFY: Final = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    __slots__ = ("cache", "cache_if", "ignore", "key", "namespace", "scope", "ttl", "version")
+    """What ``acached`` was given; see there."""
 
-    def __init__(
-        self,
-        *,
-        ttl: float | None,
-        cache: AsyncCache | Callable[[], AsyncCache] | None,
-        namespace: str | None,
-        key: str | Callable[..., str] | None,
-        ignore: frozenset[str],
-        scope: Scope | None,
-        version: str | int | None,
-        cache_if: Callable[[Any], bool] | None,
-    ) -> None:
-        self.ttl = ttl
-        self.cache = cache
-        self.namespace = namespace
-        self.key = key
-        self.ignore = ignore
-        self.scope = scope
-        self.version = version
-        self.cache_if = cache_if
+    ttl: float | None
+    cache: AsyncCache | Callable[[], AsyncCache] | None
+    namespace: str | None
+    key: str | Callable[..., str] | None
+    ignore: frozenset[str]
+    scope: Scope | None
+    version: str | int | None
+    cache_if: Callable[[Any], bool] | None
 
     def check(self) -> None:
+        """Raise ``TypeError`` or ``ValueError`` for what can't be."""
         if self.namespace is not None:
             KeySpace(namespace=self.namespace)
         if self.cache is not None and not isinstance(self.cache, AsyncCache) and not callable(self.cache):
@@ -82,23 +74,80 @@ class Options:
 def _identify(func: Callable[..., Any]) -> tuple[str, str]:
     """The readable name of *func*, and the text that tells it from all others.
 
-    Functions that a factory makes share module and name, and differ in what they close over. What of that is
-    immutable and not assigned by the function itself belongs to its identity, as it is when it is decorated; the rest
-    is state, not meaning.
+    Functions that a factory makes share module and name, and differ in what they close over. What of that has a stable
+    form belongs to the identity, as it is when the function is decorated. What the function assigns itself, lists,
+    dicts and sets, and objects without a stable form do not: they are state more often than meaning. Where one of them
+    is another one at the next decoration, that is said in the log.
     """
     readable, identity = function_name(func)
     inner = inspect.unwrap(func)
     own_state = _assigned(inner.__code__)
+    unknown: dict[str, _Captured] = {}
     for name, value in sorted(closure_of(inner).items()):
-        if name not in own_state and is_immutable(value):
-            identity += f" {name}={digest(argument_bytes((name,), (value,)))}"
+        form = _stable_form(name, value)
+        if name in own_state or _is_machinery(value):
+            continue
+        if form is None or type(value) in _STATE:
+            unknown[name] = _Captured(id(value), form)
+        else:
+            identity += f" {name}={form}"
+    before = _last_closures.setdefault(identity, unknown)
+    changed = [name for name, captured in unknown.items() if name in before and not captured.is_like(before[name])]
+    if changed:
+        log.warning(
+            "%s was decorated again with another %s, which is not part of its keys: both share their entries. Tell "
+            "them apart with version=, scope= or key=",
+            readable,
+            ", ".join(changed),
+        )
     return readable, identity
+
+
+class _Captured(NamedTuple):
+    """What is remembered of a value that a function closes over: its id, and its form where it has one."""
+
+    place: int
+    form: str | None
+
+    def is_like(self, other: _Captured) -> bool:
+        return self.place == other.place or (self.form is not None and self.form == other.form)
+
+
+def _is_machinery(value: object) -> bool:
+    """Whether *value* says how something is done, not what about: functions, classes, locks, counters, caches."""
+    home = type(value).__module__.partition(".")[0]
+    if type(value) in _STATE:
+        return False
+    return callable(value) or (home in sys.stdlib_module_names and home not in _VALUES) or home == __package__
+
+
+def _stable_form(name: str, value: object) -> str | None:
+    try:
+        return digest(argument_bytes((name,), (value,)))
+    except UncacheableError:
+        return None
 
 
 def _assigned(code: CodeType) -> set[str]:
     """The free variables that *code*, or a function inside it, declares ``nonlocal`` and assigns."""
     names = {str(step.argval) for step in dis.get_instructions(code) if step.opname == "STORE_DEREF"}
     return names.union(*(_assigned(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+_STATE: Final = (list, dict, set, bytearray)
+_VALUES: Final = (
+    "builtins",
+    "collections",
+    "datetime",
+    "decimal",
+    "fractions",
+    "ipaddress",
+    "pathlib",
+    "uuid",
+    "zoneinfo",
+)
+_last_closures: dict[str, dict[str, _Captured]] = {}
+"""What the functions of an identity closed over that is not part of it. Decides nothing but a warning."""
 
 
 class _Uncached(Exception):  # noqa: N818  # control flow within this module
@@ -119,6 +168,7 @@ class Calls:
         self._names = names
         self._views: dict[int, tuple[AsyncCache, AsyncCache]] = {}
         self._scope_warned = False
+        self._makes_cache = not isinstance(options.cache, AsyncCache)  # asked once: it is slow
         self._parameters = bound_names(func, ignore=options.ignore, skip_first=is_method)
         self._bind = bind(func, ignore=options.ignore, skip_first=is_method)
         self._template: Callable[..., str] | None = None
@@ -149,15 +199,13 @@ class Calls:
 
     async def cache(self) -> AsyncCache:
         """The cache of this call."""
-        given = self.options.cache
+        given: Any = self.options.cache
         if given is None:
             from ._open import default_cache  # noqa: PLC0415  # the layer above: it makes caches
 
             cache: AsyncCache = await default_cache()
-        elif isinstance(given, AsyncCache):
-            cache = given
         else:
-            cache = given()
+            cache = given() if self._makes_cache else given
         if self.options.namespace is None:
             return cache
         view = self._views.get(id(cache))
@@ -211,9 +259,10 @@ class Calls:
         if scope is None:
             return b""
         if isinstance(scope, ContextVar):
-            value = scope.get(MISSING)
-            if value is MISSING:
-                raise _Uncached(f"the scope variable {scope.name} is not set")
+            try:
+                value = scope.get()
+            except LookupError:
+                raise _Uncached(f"the scope variable {scope.name} is not set") from None
         elif callable(scope):
             value = scope(*args, **kwargs)
         else:

@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
-from ._exceptions import CircularLoadError
+from ._exceptions import CacheError, CircularLoadError
 
 _current: ContextVar[Flight | None] = ContextVar("mcp_hub_cache_flight", default=None)
 
@@ -94,7 +94,7 @@ class Flights:
 
     def __init__(self) -> None:
         self._live: dict[bytes, Flight] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._flights: set[Flight] = set()  # the detached ones too
 
     def __len__(self) -> int:
         """How many can be joined."""
@@ -145,8 +145,8 @@ class Flights:
             raise _circle([caller, *route])
         if flight.task is None:
             flight.task = asyncio.create_task(self._fly(flight, work), name="mcp-hub-cache load")
-            self._tasks.add(flight.task)
-            flight.task.add_done_callback(lambda task: self._ended(flight, task))
+            self._flights.add(flight)
+            flight.task.add_done_callback(lambda _: self._ended(flight))
         await self._wait(flight, caller)
         if flight.error is not None:
             # The trace as it was at landing: each waiter that raises the shared error would else lengthen it for all.
@@ -187,23 +187,20 @@ class Flights:
         _current.set(flight)
         try:
             flight.result = await work(flight)
-        except asyncio.CancelledError as error:
-            self._land(flight, error)
-            raise
-        except Exception as error:  # noqa: BLE001  # it goes to the waiters
-            self._land(flight, error)
         except BaseException as error:
             self._land(flight, error)
-            raise
+            if not isinstance(error, Exception):
+                raise
         else:
             self._land(flight, None)
 
-    def _ended(self, flight: Flight, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not flight.landed:  # cancelled before its first step
-            self._land(flight, asyncio.CancelledError())
+    def _ended(self, flight: Flight) -> None:
+        self._flights.discard(flight)
+        self._land(flight, asyncio.CancelledError())  # if it was cancelled before its first step
 
     def _land(self, flight: Flight, error: BaseException | None) -> None:
+        if flight.landed:
+            return
         self._drop(flight)
         flight.landed = True
         if error is not None:
@@ -236,10 +233,12 @@ class Flights:
         return flight is not None and flight.group != group
 
     async def aclose(self) -> None:
-        """Cancel every load and wait for its end."""
-        self._live.clear()
+        """Cancel every load and wait for its end; who waits for one gets a ``CacheError``."""
         me = asyncio.current_task()  # a loader may close the cache that it loads for
-        tasks = [task for task in self._tasks if task is not me]
+        flights = [flight for flight in self._flights if flight.task is not me]
+        for flight in flights:
+            self._land(flight, CacheError(f"the cache was closed while {flight.name} was being loaded."))
+        tasks = [flight.task for flight in flights if flight.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

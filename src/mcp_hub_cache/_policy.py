@@ -79,7 +79,7 @@ def _from_text(text: str, what: str) -> float:
         at = part.end()
     if not stripped or at < len(stripped):
         raise ValueError(f"{what} must be {_TAKES}, not the text {text[:40]!r}")
-    return total
+    return min(total, MAX_SECONDS * 2)  # digits without end are no way to say FOREVER
 
 
 class Span(NamedTuple):

@@ -774,13 +774,15 @@ def test_a_second_event_loop_and_no_thread_left(tmp_path: Path) -> None:
 
     async def first() -> None:
         assert await store.write_many([write(store, 1)]) == ["done"]
+        await store.aclose()
 
     async def second() -> None:
         assert (await store.get_many([key(1)]))[0] is not None
         assert store.stamp(key(1)) is not None
+        await store.aclose()
 
     asyncio.run(first())
-    assert store.stamp(key(1)) is None  # asyncio.run has closed it
+    assert store.stamp(key(1)) is None
     asyncio.run(second())
     asyncio.run(second())
     ours = [thread for thread in threading.enumerate() if thread.name.startswith("mcp_hub_cache")]
