@@ -20,6 +20,7 @@ from ._load import Loads, Plan
 from ._policy import seconds
 from ._protocols import Evicting, Observer, Store, StoreState, Switching
 from ._stats import CacheStatus, Counters, Stats
+from ._upkeep import Upkeep
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -75,6 +76,7 @@ class Cache(AsyncCache):
             observers=(self._counters,) if observer is None else (self._counters, observer),
         )
         self._loads = Loads(self._engine)
+        self._upkeep = Upkeep(self._engine)
         if isinstance(store, Evicting):
             store.on_evict = self._counters.eviction
         if isinstance(store, Switching):
@@ -191,7 +193,7 @@ class Cache(AsyncCache):
         return value
 
     async def keys(self, prefix: str = "") -> AsyncGenerator[str, None]:
-        async with aclosing(self._engine.scan(self._entries(prefix))) as keys:
+        async with aclosing(self._upkeep.scan(self._entries(prefix))) as keys:
             async for key in keys:
                 name = self._space.name_of(key)
                 if name is not None:
@@ -199,10 +201,10 @@ class Cache(AsyncCache):
 
     async def clear(self, *, prefix: str = "", owner: str | None = None) -> int:
         if owner is not None:
-            return await self._engine.clear_owned(self._entries(prefix), _owner(owner))
+            return await self._upkeep.clear_owned(self._entries(prefix), _owner(owner))
         entries = self._entries(prefix)
         # Without a prefix the whole namespace goes, with what is damaged and bears no name any more.
-        return await self._engine.clear(entries if prefix else self._space.root)
+        return await self._upkeep.clear(entries if prefix else self._space.root)
 
     def _entries(self, prefix: str) -> bytes:
         if not isinstance(prefix, str):
@@ -215,13 +217,13 @@ class Cache(AsyncCache):
         return view
 
     async def health_check(self) -> bool:
-        return (await self._engine.ping()).state == "healthy"
+        return (await self._upkeep.ping()).state == "healthy"
 
     async def status(self) -> CacheStatus:
-        state: StoreState = await self._engine.ping()
-        facts = await self._engine.facts()
+        state: StoreState = await self._upkeep.ping()
+        facts = await self._upkeep.facts()
         if state.state in ("healthy", "degraded"):
-            facts["total_keys"] = await self._engine.count(self._space.entries)
+            facts["total_keys"] = await self._upkeep.count(self._space.entries)
         known = {name: facts.pop(name) for name in list(facts) if name in CacheStatus.FACTS}
         l1_entries, l1_bytes = self._engine.l1_figures()
         return CacheStatus(

@@ -16,21 +16,20 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 from ._classes import ClassSet
 from ._codec import DecodeError, decode, encode, is_immutable
-from ._exceptions import StoreError, StoreMisconfiguredError, ValueTooLargeError
+from ._exceptions import StoreError, ValueTooLargeError
 from ._flight import Flights
-from ._frame import TOKEN_SIZE, Frame, FrameError, Head, Kind, Mark, pack, patch_head, peek, unpack, unpack_head
+from ._frame import TOKEN_SIZE, Frame, FrameError, Head, Kind, Mark, pack, patch_head, unpack, unpack_head
 from ._l1 import L1
 from ._lifetime import PerLoop
 from ._lines import Lines
 from ._placeholders import Placeholders
 from ._policy import Freshness, freshness, span
-from ._protocols import Coherent, Fence, Monitored, Observer, Outcome, Patch, Store, StoreState, Write
+from ._protocols import Coherent, Fence, Observer, Outcome, Patch, Store, Write
 
 log = logging.getLogger("mcp_hub_cache")
 
@@ -81,7 +80,7 @@ class Engine:
     ) -> None:
         self.store = store
         self.observers = observers
-        self._timeout = timeout
+        self.timeout = timeout
         self._max_value_bytes = max_value_bytes
         self._l1_size = (l1_max_entries, l1_max_bytes)
         self._stamp = store.stamp if isinstance(store, Coherent) and all(self._l1_size) else None
@@ -96,7 +95,7 @@ class Engine:
         self._delete = store.delete_many
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> Session:
-        lines = Lines(loop, self.store.lane, deadline=self._timeout)
+        lines = Lines(loop, self.store.lane, deadline=self.timeout)
         return Session(lines, L1(*self._l1_size), Placeholders(self.store, lines, self.trouble))
 
     async def _close(self, session: Session) -> None:
@@ -192,7 +191,7 @@ class Engine:
         self, session: Session, key: bytes, data: bytes | None, classes: ClassSet, stamp: int | None
     ) -> Hit | None:
         """Verify what the store said to be under *key*; only a fresh, intact entry of that very key is a hit."""
-        frame = self._intact(key, data)
+        frame = self.intact(key, data)
         if frame is None or freshness(frame.head, self.store.now()) is not Freshness.FRESH:
             return None
         try:
@@ -207,7 +206,7 @@ class Engine:
                 self._tell_all(lambda observer: observer.eviction(evicted))
         return Hit(value, frame.head, self.store.name)
 
-    def _intact(self, key: bytes, data: bytes | None) -> Frame | None:
+    def intact(self, key: bytes, data: bytes | None) -> Frame | None:
         """The entry's frame, None for placeholders, nothing and damage."""
         if data is None:
             return None
@@ -226,9 +225,10 @@ class Engine:
         except StoreError as error:
             self.trouble(error)
             return None
-        return self._fresh_head(data)
+        return self.fresh_head(data)
 
-    def _fresh_head(self, data: bytes | None) -> Head | None:
+    def fresh_head(self, data: bytes | None) -> Head | None:
+        """The head in *data*, if it is a fresh entry's."""
         try:
             head = None if data is None else unpack_head(data)
         except FrameError:
@@ -236,26 +236,6 @@ class Engine:
         if head is None or head.kind != Kind.ENTRY or freshness(head, self.store.now()) is not Freshness.FRESH:
             return None
         return head
-
-    async def scan(self, prefix: bytes) -> AsyncGenerator[bytes, None]:
-        """Yield the keys of fresh entries under *prefix*; ends early, with a word in the log, if the store fails."""
-        self.session()
-        try:
-            async with aclosing(self.store.scan(prefix)) as pages:
-                async for page in pages:
-                    for key, head in page:
-                        if self._fresh_head(head) is not None:
-                            yield key
-        except StoreError as error:
-            self.trouble(error)
-            log.error("listing of the %s cache is incomplete: %s", self.store.name, error)
-
-    async def count(self, prefix: bytes) -> int:
-        """How many fresh entries there are under *prefix*."""
-        total = 0
-        async for _ in self.scan(prefix):
-            total += 1
-        return total
 
     # Writing
 
@@ -317,7 +297,7 @@ class Engine:
             fresh_until=until.fresh_until,
             keep_until=until.keep_until,
             cost=cost,
-            marks=() if owner is None else (Mark(owner, _OWNED),),
+            marks=() if owner is None else (Mark(owner, OWNED),),
         )
         return Write(key, frame, until.keep(now), fence)
 
@@ -346,7 +326,7 @@ class Engine:
             held = session.placeholders.hold(key, begun) if begun.leader else None
             outcome: Outcome = "refused"
             try:
-                frame = self._intact(key, begun.frame)
+                frame = self.intact(key, begun.frame)
                 if frame is not None and freshness(frame.head, self.store.now()) is Freshness.FRESH:
                     return False
                 outcome = await self.put(session, self.framed(key, codec, payload, ttl, fence=begun.fence))
@@ -389,87 +369,15 @@ class Engine:
             for answer in await self._submit_all(session, self._delete, chunk):
                 if isinstance(answer, StoreError):
                     self.trouble(answer)
-                elif self._fresh_head(answer) is not None:
+                elif self.fresh_head(answer) is not None:
                     removed += 1
         return removed
-
-    async def clear(self, prefix: bytes) -> int:
-        """Remove all under *prefix*, with the loads in progress; 0, and a word in the log, if the store fails."""
-        session = self.session()
-        session.flights.detach_all(prefix)
-        session.l1.drop_prefix(prefix)
-        await session.lines.settle()  # what was asked for before must not land after
-        try:
-            return await self.store.clear(prefix)
-        except StoreError as error:
-            self.trouble(error)
-            log.error("clearing the %s cache failed: %s", self.store.name, error)
-            return 0
-        finally:
-            session.l1.drop_prefix(prefix)
-
-    async def clear_owned(self, prefix: bytes, owner: bytes) -> int:
-        """Remove the entries under *prefix* that were stored with *owner*: reads them all to find out."""
-        session = self.session()
-        session.flights.detach_all(prefix, owner)
-        await session.lines.settle()
-        owned: list[bytes] = []
-        try:
-            async with aclosing(self.store.scan(prefix)) as pages:
-                async for page in pages:
-                    keys = [key for key, _ in page]
-                    for key, data in zip(keys, await self.store.get_many(keys), strict=True):
-                        if self._is_owned(session, key, data, owner):
-                            owned.append(key)
-        except StoreError as error:
-            self.trouble(error)
-            log.error("clearing the %s cache failed: %s", self.store.name, error)
-        return await self.delete_many(owned)
-
-    def _is_owned(self, session: Session, key: bytes, data: bytes | None, owner: bytes) -> bool:
-        """Whether *data* is an entry of *owner*'s, or stands for a load that may be."""
-        head = None if data is None else peek(data)
-        if head is not None and head.kind == Kind.PLACEHOLDER:
-            return not session.flights.is_of_another(key, owner)
-        frame = self._intact(key, data)
-        return frame is not None and Mark(owner, _OWNED) in frame.marks
 
     def _forget(self, session: Session, key: bytes) -> None:
         session.flights.detach(key)
         session.l1.drop(key)
 
-    # Health
-
-    async def ping(self) -> StoreState:
-        """Ask the store and return how it is."""
-        self.session()
-        problem: StoreError | None = None
-        try:
-            async with asyncio.timeout(self._timeout):
-                await self.store.ping()
-        except TimeoutError:
-            return self._state() or StoreState("unhealthy", None, f"no answer within {self._timeout:g} s")
-        except StoreError as error:
-            problem = error
-        if (state := self._state()) is not None and state.state != "healthy":
-            return state
-        if problem is None:
-            return StoreState("healthy")
-        return StoreState(
-            "misconfigured" if isinstance(problem, StoreMisconfiguredError) else "unhealthy", None, str(problem)
-        )
-
-    def _state(self) -> StoreState | None:
-        return self.store.state() if isinstance(self.store, Monitored) else None
-
-    async def facts(self) -> dict[str, str | int | float]:
-        """What the store says of itself; empty where it can't."""
-        self.session()
-        try:
-            async with asyncio.timeout(self._timeout * 10):
-                return dict(await self.store.info())
-        except (StoreError, TimeoutError):
-            return {}
+    # Trouble
 
     def trouble(self, error: StoreError) -> None:
         """Count an error of the store, and log it once per kind and text."""
@@ -492,7 +400,7 @@ class Engine:
             log.warning("%s", text)
 
 
-_OWNED: Final = bytes(8)
+OWNED: Final = bytes(8)
 """The mark of an owner: owners have none that changes."""
 
 

@@ -1,0 +1,120 @@
+"""What concerns many entries, or the store as a whole: listing, counting, clearing, health and facts.
+
+Rules:
+- Page by page, so that no call stalls the loop or outgrows memory, however many entries there are.
+- Trouble never reaches a caller: what could not be done ends early, with a word in the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from ._engine import OWNED, Engine, Session
+from ._exceptions import StoreError, StoreMisconfiguredError
+from ._frame import Kind, Mark, peek
+from ._protocols import Monitored, StoreState
+
+log = logging.getLogger("mcp_hub_cache")
+
+
+class Upkeep:
+    """The upkeep of one engine's store."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._store = engine.store
+
+    async def scan(self, prefix: bytes) -> AsyncGenerator[bytes, None]:
+        """Yield the keys of fresh entries under *prefix*; ends early, with a word in the log, if the store fails."""
+        self._engine.session()
+        try:
+            async with aclosing(self._store.scan(prefix)) as pages:
+                async for page in pages:
+                    for key, head in page:
+                        if self._engine.fresh_head(head) is not None:
+                            yield key
+        except StoreError as error:
+            self._engine.trouble(error)
+            log.error("listing of the %s cache is incomplete: %s", self._store.name, error)
+
+    async def count(self, prefix: bytes) -> int:
+        """How many fresh entries there are under *prefix*."""
+        total = 0
+        async for _ in self.scan(prefix):
+            total += 1
+        return total
+
+    async def clear(self, prefix: bytes) -> int:
+        """Remove all under *prefix*, with the loads in progress; 0, and a word in the log, if the store fails."""
+        session = self._engine.session()
+        session.flights.detach_all(prefix)
+        session.l1.drop_prefix(prefix)
+        await session.lines.settle()  # what was asked for before must not land after
+        try:
+            return await self._store.clear(prefix)
+        except StoreError as error:
+            self._engine.trouble(error)
+            log.error("clearing the %s cache failed: %s", self._store.name, error)
+            return 0
+        finally:
+            session.l1.drop_prefix(prefix)
+
+    async def clear_owned(self, prefix: bytes, owner: bytes) -> int:
+        """Remove the entries under *prefix* that were stored with *owner*: reads them all to find out."""
+        session = self._engine.session()
+        session.flights.detach_all(prefix, owner)
+        await session.lines.settle()
+        owned: list[bytes] = []
+        try:
+            async with aclosing(self._store.scan(prefix)) as pages:
+                async for page in pages:
+                    keys = [key for key, _ in page]
+                    for key, data in zip(keys, await self._store.get_many(keys), strict=True):
+                        if self._is_owned(session, key, data, owner):
+                            owned.append(key)
+        except StoreError as error:
+            self._engine.trouble(error)
+            log.error("clearing the %s cache failed: %s", self._store.name, error)
+        return await self._engine.delete_many(owned)
+
+    def _is_owned(self, session: Session, key: bytes, data: bytes | None, owner: bytes) -> bool:
+        """Whether *data* is an entry of *owner*'s, or stands for a load that may be."""
+        head = None if data is None else peek(data)
+        if head is not None and head.kind == Kind.PLACEHOLDER:
+            return not session.flights.is_of_another(key, owner)
+        frame = self._engine.intact(key, data)
+        return frame is not None and Mark(owner, OWNED) in frame.marks
+
+    async def ping(self) -> StoreState:
+        """Ask the store and return how it is."""
+        self._engine.session()
+        problem: StoreError | None = None
+        try:
+            async with asyncio.timeout(self._engine.timeout):
+                await self._store.ping()
+        except TimeoutError:
+            return self._state() or StoreState("unhealthy", None, f"no answer within {self._engine.timeout:g} s")
+        except StoreError as error:
+            problem = error
+        if (state := self._state()) is not None and state.state != "healthy":
+            return state
+        if problem is None:
+            return StoreState("healthy")
+        return StoreState(
+            "misconfigured" if isinstance(problem, StoreMisconfiguredError) else "unhealthy", None, str(problem)
+        )
+
+    def _state(self) -> StoreState | None:
+        return self._store.state() if isinstance(self._store, Monitored) else None
+
+    async def facts(self) -> dict[str, str | int | float]:
+        """What the store says of itself; empty where it can't."""
+        self._engine.session()
+        try:
+            async with asyncio.timeout(self._engine.timeout * 10):
+                return dict(await self._store.info())
+        except (StoreError, TimeoutError):
+            return {}
