@@ -27,7 +27,7 @@ from ._async_cache import MISSING, AsyncCache
 from ._bind import bind, bound_names, template
 from ._classes import ClassSet, closure_of, return_annotation
 from ._exceptions import UncacheableError
-from ._keys import KeySpace, argument_bytes, digest, function_name
+from ._keys import KeySpace, argument_bytes, digest, function_name, namer
 from ._stats import Counters
 
 log = logging.getLogger("mcp_hub_cache")
@@ -194,8 +194,17 @@ class Calls:
     @functools.cached_property
     def root(self) -> str:
         """What the keys of this function begin with."""
-        parts = (self.identity.encode(), self.classes.fingerprint.encode(), self._version())
-        return f"{self.readable}.{digest(*parts)[:12]}:"
+        return f"{self.readable}.{digest(*self._meaning)[:12]}:"
+
+    @functools.cached_property
+    def _meaning(self) -> tuple[bytes, ...]:
+        """What tells this function's results from all others', apart from the arguments."""
+        return (self.identity.encode(), self.classes.fingerprint.encode(), self._version())
+
+    @functools.cached_property
+    def _name(self) -> Callable[[tuple[Any, ...]], str]:
+        """Makes the key of bound arguments, to which ``key`` adds what else tells calls apart."""
+        return namer(self.root[:-1], self._meaning, (*self._parameters, "scope", "__cache_key__"))
 
     async def cache(self) -> AsyncCache:
         """The cache of this call."""
@@ -224,11 +233,10 @@ class Calls:
         """
         scope = self._scope(args, kwargs)
         if self.options.key is None:
-            values = self._bind(*args, **kwargs)
-            return self.root + digest(scope, self._own(args), argument_bytes(self._parameters, values))
+            return self._name((*self._bind(*args, **kwargs), scope, self._own(args)))
         text = self._template(*args, **kwargs) if self._template is not None else self._by_function(args, kwargs)
-        extra = [part for part in (scope, self._version(), self._own(args)) if part]
-        return f"{text}:{digest(scope, self._version(), self._own(args))[:16]}" if extra else text
+        extra = (scope, self._version().decode("latin-1"), self._own(args))
+        return f"{text}:{digest(*(part.encode() for part in extra))}" if any(extra) else text
 
     def _by_function(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         assert callable(self.options.key)
@@ -240,10 +248,10 @@ class Calls:
     def _version(self) -> bytes:
         return b"" if self.options.version is None else argument_bytes(("version",), (self.options.version,))
 
-    def _own(self, args: tuple[Any, ...]) -> bytes:
-        """What identifies the instance that a method is called on."""
+    def _own(self, args: tuple[Any, ...]) -> str:
+        """What identifies the instance that a method is called on; text, which is the quickest part of a key."""
         if not self.is_method:
-            return b""
+            return ""
         if not args:
             raise TypeError(f"{self.readable} is a method: call it on an instance")
         instance = args[0]
@@ -252,12 +260,12 @@ class Calls:
             raise TypeError(f"{self.readable} can't be cached for {owner.__qualname__}: {HOW_TO_IDENTIFY}.")
         material = instance.__cache_key__
         material = material() if callable(material) else material
-        return argument_bytes(("class", "__cache_key__"), (function_name(owner)[1], material))
+        return digest(argument_bytes(("class", "__cache_key__"), (function_name(owner)[1], material)))
 
-    def _scope(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+    def _scope(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         scope = self.options.scope
         if scope is None:
-            return b""
+            return ""
         if isinstance(scope, ContextVar):
             try:
                 value = scope.get()
@@ -267,7 +275,7 @@ class Calls:
             value = scope(*args, **kwargs)
         else:
             value = scope
-        return argument_bytes(("scope",), (value,))
+        return digest(argument_bytes(("scope",), (value,)))
 
     def _said_uncached(self, reason: _Uncached) -> None:
         if not self._scope_warned:

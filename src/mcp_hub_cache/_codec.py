@@ -23,13 +23,11 @@ from math import isfinite
 from typing import Any, Final
 from uuid import UUID
 
-import orjson
-
 from ._classes import NOTHING, ClassSet
 from ._exceptions import UncacheableError
 from ._revive import Reviver
 from ._shapes import Refusal
-from ._tagged import INF, MAX_CONTAINERS, MAX_DEPTH, Tagger, find_in
+from ._tagged import INF, MAX_CONTAINERS, MAX_DEPTH, Tagger, dumps, find_in, loads
 
 PLAIN: Final = 1
 RICH: Final = 2
@@ -112,10 +110,10 @@ def encode(value: object, classes: ClassSet = NOTHING) -> tuple[int, bytes]:
     try:
         if is_plain(value):
             try:
-                return PLAIN, orjson.dumps(value)
+                return PLAIN, dumps(value)
             except TypeError:  # an integer beyond 64 bits, a lone surrogate
                 pass
-        return RICH, orjson.dumps(Tagger(find_in(classes)).tag(value))
+        return RICH, dumps(Tagger(find_in(classes)).tag(value))
     except Refusal as refusal:
         raise uncacheable("value", refusal) from None
     except RecursionError:
@@ -143,9 +141,9 @@ def decode(codec: int, payload: bytes | memoryview, classes: ClassSet = NOTHING)
     """
     try:
         if codec == PLAIN:
-            return orjson.loads(payload)
+            return loads(payload)
         if codec == RICH:
-            return Reviver(classes).revive(orjson.loads(payload))
+            return Reviver(classes).revive(loads(payload))
         if codec == BYTES:
             return bytes(payload)
     except Exception as error:  # noqa: BLE001  # hostile bytes raise anything, RecursionError and MemoryError too

@@ -24,14 +24,12 @@ from hashlib import blake2b
 from inspect import unwrap
 from typing import Any, Final, NamedTuple
 
-import orjson
-
 from ._bind import Binder, bind, bound_names, template
 from ._classes import module_name
 from ._codec import is_plain, uncacheable
 from ._exceptions import InvalidKeyError, UncacheableError
 from ._shapes import Refusal
-from ._tagged import Tagger, canonical, find_any
+from ._tagged import Tagger, canonical, dumps, find_any
 
 __all__ = [
     "Binder",
@@ -146,7 +144,7 @@ def argument_bytes(names: Sequence[str], values: tuple[object, ...]) -> bytes:
     try:
         if _SCALARS.issuperset(map(type, values)):
             try:
-                return b"1" + orjson.dumps(values)
+                return b"1" + dumps(values)
             except TypeError:  # an integer beyond 64 bits, a lone surrogate
                 pass
         elif is_plain(plain := list(values), MAX_ARGUMENT_DEPTH):
@@ -220,7 +218,7 @@ def namer(readable: str, identity: Sequence[bytes], names: Sequence[str]) -> Cal
     """
     # No form begins with a zero byte: the empty part behind the identity is where it ends.
     start = join(*identity, b"")
-    dumps, scalars = orjson.dumps, _SCALARS
+    scalars = _SCALARS
 
     def name(values: tuple[object, ...]) -> str:
         try:

@@ -46,6 +46,10 @@ from ._shapes import Refusal, Shape, shape_of
 
 Json = Any
 """What orjson writes: None, bool, int, float, str, list of Json, dict of str to Json."""
+
+# The way to JSON for the codec and the keys too: the library is known here alone.
+dumps: Final = orjson.dumps
+loads: Final = orjson.loads
 Finder = Callable[[type], tuple[str, Shape]]
 """The name and shape of a class; raises ``Refusal`` where instances of it are not wanted."""
 
@@ -186,7 +190,7 @@ def place_of(key: object, index: int) -> str:
 
 def canonical(data: Json) -> bytes:
     """Return bytes that are equal for equal *data*, whatever the order of its keys."""
-    return orjson.dumps(data, option=orjson.OPT_SORT_KEYS)
+    return dumps(data, option=orjson.OPT_SORT_KEYS)
 
 
 def is_text(text: str) -> bool:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,19 @@ from tests.servers import valkey_server
 
 DEMO = [sys.executable, "-m", "mcp_hub_cache", "demo"]
 FEW = ["--agents", "8", "--questions", "6"]
+
+
+def running() -> Iterator[tuple[int, str]]:
+    """Every process and its arguments."""
+    if Path("/proc/self/cmdline").exists():
+        for entry in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                yield int(entry.name), (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return
+    listed = subprocess.run(["ps", "-Aww", "-o", "pid=,args="], capture_output=True, text=True, check=True).stdout
+    for line in listed.splitlines():
+        pid, _, args = line.strip().partition(" ")
+        yield int(pid), args
 
 
 class Demo:
@@ -55,12 +69,7 @@ class Demo:
 
     def processes(self, what: str) -> list[int]:
         """The processes that the demo has started: all have its folder among their arguments."""
-        listed = subprocess.run(["ps", "-A", "-o", "pid=,args="], capture_output=True, text=True, check=True).stdout
-        return [
-            int(pid)
-            for pid, args in (line.split(maxsplit=1) for line in listed.splitlines())
-            if self.folder in args and what in args
-        ]
+        return [pid for pid, args in running() if self.folder in args and what in args]
 
     def assert_clean(self) -> None:
         assert list(Path(self.folder).iterdir()) == []

@@ -198,6 +198,14 @@ async def test_another_processs_change_is_a_new_stamp_and_wakes(tmp_path: Path, 
     await store.aclose()
 
 
+async def until_stopped(pid: int) -> None:
+    """A signal takes its time, and each thread stops for itself."""
+    threads = Path(f"/proc/{pid}/task")
+    while not all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in threads.glob("*/stat")):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to see that a process has stopped")
 async def test_a_stopped_process_stops_only_its_shelf(tmp_path: Path) -> None:
     """SIGSTOP in the middle of a write, as often as it takes to catch it there."""
     store = FileStore(tmp_path)
@@ -209,6 +217,7 @@ async def test_a_stopped_process_stops_only_its_shelf(tmp_path: Path) -> None:
                 await store.get_many(KEYS)
             while True:
                 os.kill(pid, signal.SIGSTOP)
+                await until_stopped(pid)
                 held = [key for key in KEYS if store.stamp(key) is None]
                 if held:
                     break
