@@ -354,6 +354,65 @@ async def test_what_a_function_closes_over_is_never_mixed_up(
     assert answers == [str(of("ann")), str(of("bob"))] or caplog.records
 
 
+async def test_functions_are_told_apart_by_the_functions_and_settings_that_they_close_over(cache: Cache) -> None:
+    def plain(func: Any) -> Any:
+        async def wrapper(*args: Any) -> Any:
+            return await func(*args)
+
+        return wrapper
+
+    async def one(x: int) -> str:
+        return f"one {x}"
+
+    async def two(x: int) -> str:
+        return f"two {x}"
+
+    assert [await acached(cache=cache)(plain(func))(1) for func in (one, two)] == ["one 1", "two 1"]
+
+    def applying(func: Any, settings: dict[str, int]) -> Any:
+        @acached(cache=cache)
+        async def run(x: int) -> int:
+            return int(func(x)) + settings["add"]
+
+        return run
+
+    double, negative = (lambda x: 2 * x), (lambda x: -x)
+    runs = [applying(func, {"add": add}) for func in (double, negative) for add in (0, 10)]
+    assert [await run(3) for run in runs] == [6, 16, -3, 7]
+    assert await applying(double, {"add": 10})(3) == 16
+
+
+async def test_what_a_function_closes_over_may_be_defined_after_it(cache: Cache) -> None:
+    def made(n: int) -> Any:
+        @acached(cache=cache)
+        async def run() -> int:
+            return later
+
+        later = n
+        return run
+
+    assert [await made(1)(), await made(2)()] == [1, 2]
+
+
+@pytest.mark.parametrize("made", [list, dict], ids=["list", "dict"])
+async def test_what_a_function_counts_in_is_not_part_of_its_key(cache: Cache, made: Any) -> None:
+    calls = made()
+
+    def decorated() -> Any:
+        @acached(cache=cache)
+        async def run(x: int) -> int:
+            if isinstance(calls, list):
+                calls.append(x)
+            else:
+                calls[x] = calls.get(x, 0) + 1
+            return x
+
+        return run
+
+    assert [await decorated()(1), await decorated()(1)] == [1, 1]
+    assert len(calls) == 1
+
+
 async def test_a_counter_that_a_function_closes_over_is_not_part_of_its_key(cache: Cache) -> None:
     calls = 0
 
@@ -1470,3 +1529,23 @@ def test_a_decorated_function_that_is_dropped_is_collected() -> None:
     reference = make()
     gc.collect()
     assert reference() is None
+
+
+async def test_a_refresh_that_can_not_be_stored_leaves_no_older_value(cache: Cache) -> None:
+    results: list[object] = [1, object(), 3]
+
+    @acached(cache=cache)
+    async def run() -> Any:
+        return results.pop(0)
+
+    assert await run() == 1
+    assert type(await run.refresh()) is object
+    assert await run() == 3
+
+
+def test_an_async_cache_if_is_refused() -> None:
+    async def good(result: object) -> bool:
+        return True
+
+    with pytest.raises(TypeError, match="cache_if must be a plain function"):
+        acached(cache_if=good)

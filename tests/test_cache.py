@@ -921,10 +921,14 @@ async def test_damaged_bytes_are_a_miss_counted_and_logged_without_contents(
         assert await reader.get("k:SECRET", MISSING) is MISSING
         assert await reader.get_many(["k:SECRET", "none"]) == {}
         assert await reader.get_entry("k:SECRET") is None
-    assert reader.stats.hits == 0
-    assert reader.stats.misses == 4
-    assert reader.stats.errors == {reason: 3}
-    assert caplog.text.count("treated as a miss") == 3
+        assert reader.stats.hits == 0
+        assert reader.stats.misses == 4
+        assert reader.stats.errors == {reason: 3}
+        assert await reader.exists("k:SECRET") is False
+        assert await reader.ttl("k:SECRET") is None
+        assert await reader.touch("k:SECRET", 60) is False
+    assert reader.stats.errors == {reason: 6}
+    assert caplog.text.count("treated as a miss") == 1  # said once, counted each time
     assert reason in caplog.text
     assert "SECRET" not in caplog.text
 
@@ -1387,3 +1391,26 @@ async def test_a_delete_comes_after_a_cancelled_write() -> None:
         store.hang.set()
         assert await deleting is True
         assert await cache.get("k") is None
+
+
+async def test_a_set_that_could_not_be_stored_leaves_no_older_value(backend: Backend, tmp_path: Path) -> None:
+    room = 40_000
+    caches = [Cache(MemoryStore(max_bytes=room)), FileCache(tmp_path / "small", max_bytes=room)]
+    for cache in caches:
+        async with cache:
+            await cache.set("k", "old")
+            await cache.set("k", "x" * 2 * room)
+            assert await cache.get("k", MISSING) is MISSING
+            assert cache.stats.errors == {"full": 1}
+
+
+async def test_a_clear_whose_caller_left_clears_nothing_that_is_stored_next(cache: Cache) -> None:
+    for steps in range(6):
+        await cache.set("before", 1)
+        clearing = asyncio.create_task(cache.clear())
+        await turns(steps)
+        clearing.cancel()
+        await asyncio.gather(clearing, return_exceptions=True)
+        await cache.set("after", 1)
+        assert await cache.get("after") == 1
+        assert await cache.add(f"added{steps}", 1)

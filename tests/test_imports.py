@@ -24,7 +24,7 @@ LAYERS = [
     {"_calls"},
     {"_open"},
     {"_cache"},
-    {"_load", "_upkeep"},
+    {"_identity", "_load", "_upkeep"},
     {"_engine"},
     {"_keys", "_settings", "stores"},
     {"_codec"},

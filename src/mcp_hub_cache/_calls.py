@@ -12,21 +12,18 @@ Rules:
 
 from __future__ import annotations
 
-import dis
 import functools
 import inspect
 import logging
-import sys
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import CodeType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ._async_cache import MISSING, AsyncCache
 from ._bind import bind, bound_names, template
-from ._classes import ClassSet, closure_of, return_annotation
-from ._exceptions import UncacheableError
+from ._classes import ClassSet, return_annotation
+from ._identity import identify
 from ._keys import KeySpace, argument_bytes, digest, function_name, namer
 from ._stats import Counters
 
@@ -69,85 +66,8 @@ class Options:
             raise TypeError(f"scope must be a value, a ContextVar or a function, not {type(self.scope).__name__}")
         if self.cache_if is not None and not callable(self.cache_if):
             raise TypeError(f"cache_if must be a function of the result, not {type(self.cache_if).__name__}")
-
-
-def _identify(func: Callable[..., Any]) -> tuple[str, str]:
-    """The readable name of *func*, and the text that tells it from all others.
-
-    Functions that a factory makes share module and name, and differ in what they close over. What of that has a stable
-    form belongs to the identity, as it is when the function is decorated. What the function assigns itself, lists,
-    dicts and sets, and objects without a stable form do not: they are state more often than meaning. Where one of them
-    is another one at the next decoration, that is said in the log.
-    """
-    readable, identity = function_name(func)
-    inner = inspect.unwrap(func)
-    own_state = _assigned(inner.__code__)
-    unknown: dict[str, _Captured] = {}
-    for name, value in sorted(closure_of(inner).items()):
-        form = _stable_form(name, value)
-        if name in own_state or _is_machinery(value):
-            continue
-        if form is None or type(value) in _STATE:
-            unknown[name] = _Captured(id(value), form)
-        else:
-            identity += f" {name}={form}"
-    before = _last_closures.setdefault(identity, unknown)
-    changed = [name for name, captured in unknown.items() if name in before and not captured.is_like(before[name])]
-    if changed:
-        log.warning(
-            "%s was decorated again with another %s, which is not part of its keys: both share their entries. Tell "
-            "them apart with version=, scope= or key=",
-            readable,
-            ", ".join(changed),
-        )
-    return readable, identity
-
-
-class _Captured(NamedTuple):
-    """What is remembered of a value that a function closes over: its id, and its form where it has one."""
-
-    place: int
-    form: str | None
-
-    def is_like(self, other: _Captured) -> bool:
-        return self.place == other.place or (self.form is not None and self.form == other.form)
-
-
-def _is_machinery(value: object) -> bool:
-    """Whether *value* says how something is done, not what about: functions, classes, locks, counters, caches."""
-    home = type(value).__module__.partition(".")[0]
-    if type(value) in _STATE:
-        return False
-    return callable(value) or (home in sys.stdlib_module_names and home not in _VALUES) or home == __package__
-
-
-def _stable_form(name: str, value: object) -> str | None:
-    try:
-        return digest(argument_bytes((name,), (value,)))
-    except UncacheableError:
-        return None
-
-
-def _assigned(code: CodeType) -> set[str]:
-    """The free variables that *code*, or a function inside it, declares ``nonlocal`` and assigns."""
-    names = {str(step.argval) for step in dis.get_instructions(code) if step.opname == "STORE_DEREF"}
-    return names.union(*(_assigned(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
-
-
-_STATE: Final = (list, dict, set, bytearray)
-_VALUES: Final = (
-    "builtins",
-    "collections",
-    "datetime",
-    "decimal",
-    "fractions",
-    "ipaddress",
-    "pathlib",
-    "uuid",
-    "zoneinfo",
-)
-_last_closures: dict[str, dict[str, _Captured]] = {}
-"""What the functions of an identity closed over that is not part of it. Decides nothing but a warning."""
+        if inspect.iscoroutinefunction(self.cache_if):
+            raise TypeError("cache_if must be a plain function: nothing is awaited for its answer")
 
 
 class _Uncached(Exception):  # noqa: N818  # control flow within this module
@@ -163,7 +83,7 @@ class Calls:
         self.func = func
         self.options = options
         self.is_method = is_method
-        self.readable, self.identity = _identify(func)
+        self.readable = function_name(func).readable
         self.counters = Counters()
         self._names = names
         self._views: dict[int, tuple[AsyncCache, AsyncCache]] = {}
@@ -176,6 +96,11 @@ class Calls:
             self._template = template(options.key, func, skip_first=is_method)
 
     # What waits for the first call
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """What tells the function from all others."""
+        return identify(self.func).text
 
     @functools.cached_property
     def classes(self) -> ClassSet:

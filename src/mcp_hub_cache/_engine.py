@@ -16,8 +16,8 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final, NamedTuple, TypeVar
 
 from ._classes import ClassSet
 from ._codec import DecodeError, decode, encode, is_immutable
@@ -27,9 +27,11 @@ from ._frame import TOKEN_SIZE, Frame, FrameError, Head, Kind, Mark, pack, patch
 from ._l1 import L1
 from ._lifetime import PerLoop
 from ._lines import Lines
-from ._placeholders import Placeholders
+from ._placeholders import Placeholders, heed
 from ._policy import Freshness, freshness, span
-from ._protocols import Coherent, Fence, Observer, Outcome, Patch, Store, Write
+from ._protocols import Coherent, Fence, Monitored, Observer, Outcome, Patch, Store, Write
+
+T = TypeVar("T")
 
 log = logging.getLogger("mcp_hub_cache")
 
@@ -56,13 +58,21 @@ class _Near(NamedTuple):
 class Session:
     """What belongs to one event loop."""
 
-    __slots__ = ("flights", "l1", "lines", "placeholders")
+    __slots__ = ("flights", "l1", "lines", "placeholders", "tasks")
 
     def __init__(self, lines: Lines, l1: L1[_Near], placeholders: Placeholders) -> None:
         self.lines = lines
         self.flights = Flights()
         self.l1 = l1
         self.placeholders = placeholders
+        self.tasks: set[asyncio.Task[Any]] = set()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start *work* in a task that goes on if its caller is cancelled, and ends with the session."""
+        task = asyncio.create_task(work, name="mcp-hub-cache work")
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
 
 
 class Engine:
@@ -89,7 +99,6 @@ class Engine:
         # The store's calls, bound once: a line tells kinds of requests apart by the identity of their call.
         self._get = store.get_many
         self._get_groups = self._ask_groups
-        self._head = store.head_many
         self._write = store.write_many
         self._patch = store.patch_many
         self._delete = store.delete_many
@@ -101,6 +110,11 @@ class Engine:
     async def _close(self, session: Session) -> None:
         await session.placeholders.aclose()
         await session.flights.aclose()
+        if session.tasks:
+            await asyncio.wait(session.tasks, timeout=self.timeout)
+        for task in session.tasks:
+            task.cancel()
+        await asyncio.gather(*session.tasks, return_exceptions=True)
         await session.lines.aclose()
         await self.store.aclose()
 
@@ -218,14 +232,16 @@ class Engine:
         return frame if frame.head.kind == Kind.ENTRY else None
 
     async def head(self, key: bytes) -> Head | None:
-        """Return the head of the fresh entry under *key*, or None."""
+        """Return the head of the fresh, intact entry under *key*, or None. Nothing is decoded."""
         session = self.session()
         try:
-            data = await session.lines.read(self._head, key, key)
+            frame = self.intact(key, await session.lines.read(self._get, key, key))
         except StoreError as error:
             self.trouble(error)
             return None
-        return self.fresh_head(data)
+        if frame is None or freshness(frame.head, self.store.now()) is not Freshness.FRESH:
+            return None
+        return frame.head
 
     def fresh_head(self, data: bytes | None) -> Head | None:
         """The head in *data*, if it is a fresh entry's."""
@@ -261,9 +277,19 @@ class Engine:
             self._forget(session, key)
         for start in range(0, len(entries), _CHUNK):
             writes = [self.framed(*entry, ttl) for entry in entries[start : start + _CHUNK]]
-            for outcome in await self._submit_all(session, self._write, [(one.key, one) for one in writes]):
+            outcomes = await self._submit_all(session, self._write, [(one.key, one) for one in writes])
+            for write, outcome in zip(writes, outcomes, strict=True):
                 if isinstance(outcome, StoreError):
                     self.trouble(outcome)
+                    await self.withdraw(session, write.key, outcome)
+
+    async def withdraw(self, session: Session, key: bytes, cause: StoreError | None = None) -> None:
+        """Remove what stands under *key*: its successor could not be stored, and it must not pass for that."""
+        future = session.lines.write(self._delete, key, key)
+        future.add_done_callback(heed)
+        session.l1.drop(key)
+        if cause is None or not cause.outage:  # what does not answer has cost its deadline already
+            await asyncio.wait([future])
 
     async def _submit_all(self, session: Session, call: Any, items: Sequence[tuple[bytes, Any]]) -> list[Any]:
         """Hand on a chunk of writes and return their outcomes, ``StoreError``s among them."""
@@ -382,13 +408,14 @@ class Engine:
     def trouble(self, error: StoreError) -> None:
         """Count an error of the store, and log it once per kind and text."""
         self._tell_all(lambda observer: observer.error(error.kind))
-        self.warn_once(f"store {error.kind}", f"{self.store.name} cache: {error}")
+        if not isinstance(self.store, Monitored):  # such a store says it itself
+            self.warn_once(f"store {error.kind}", f"{self.store.name} cache: {error}")
 
     def _damaged(self, key: bytes, reason: str, error: Exception) -> None:
         self._tell_all(lambda observer: observer.error(reason))
         digest = hashlib.blake2b(key, digest_size=8).hexdigest()
         hint = f": {error}" if isinstance(error, DecodeError) else ""
-        log.warning("entry with key digest %s is %s%s; treated as a miss", digest, reason, hint)
+        self.warn_once(f"{digest} {reason}", f"entry with key digest {digest} is {reason}{hint}; treated as a miss")
 
     def _tell_all(self, tell: Callable[[Observer], None]) -> None:
         for observer in self.observers:

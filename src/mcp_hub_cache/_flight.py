@@ -196,6 +196,8 @@ class Flights:
 
     def _ended(self, flight: Flight) -> None:
         self._flights.discard(flight)
+        if flight.task is not None and not flight.task.cancelled():
+            flight.task.exception()  # the waiters have it; asyncio need not warn of it
         self._land(flight, asyncio.CancelledError())  # if it was cancelled before its first step
 
     def _land(self, flight: Flight, error: BaseException | None) -> None:

@@ -108,7 +108,7 @@ class Loads:
                 return _Landed(hit.value, hit.head.codec, stored_payload, plan.classes, hit.head.cost)
         flight.begun = True
         held = session.placeholders.hold(key, begun) if begun is not None else None
-        stored = False
+        stored = superseded = False
         try:
             value, cost = await self._call(loader, plan)
             wanted = plan.cache_if is None or plan.cache_if(value)
@@ -119,7 +119,11 @@ class Loads:
                 write = self._engine.framed(
                     key, codec, payload, plan.ttl, fence=begun.fence, cost=cost, owner=plan.owner
                 )
-                stored = await self._engine.put(session, write) == "done"
+                outcome = await self._engine.put(session, write)
+                stored = outcome == "done"
+                superseded = outcome == "refused"
+            if plan.refresh and not stored and not superseded and not flight.detached:
+                await self._engine.withdraw(session, key)
             return _Landed(value, codec, payload, plan.classes, cost)
         finally:
             if held is not None:

@@ -75,7 +75,7 @@ class Placeholders:
             return
         del self._held[held.key]
         if not stored and self._leases is not None:
-            self._lines.write(self._release, held.key, held).add_done_callback(_heed)
+            self._lines.write(self._release, held.key, held).add_done_callback(heed)
 
     async def _release_many(self, held: Sequence[Held]) -> list[None]:
         assert self._leases is not None
@@ -97,7 +97,7 @@ class Placeholders:
             await asyncio.gather(self._renewer, return_exceptions=True)
 
 
-def _heed(future: asyncio.Future[Any]) -> None:
+def heed(future: asyncio.Future[Any]) -> None:
     """Take note of a result that nobody waits for."""
     if not future.cancelled():
         future.exception()

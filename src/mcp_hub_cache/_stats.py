@@ -200,6 +200,6 @@ class CacheStatus:
                 result["hit_rate"] = round(value.hit_rate, 4)
             elif each.name == "facts":
                 result |= {name: fact for name, fact in value.items() if name not in result}
-            elif value is not None:
+            elif value is not None or each.name == "degraded_since":
                 result[each.name] = "forever" if value == float("inf") else value
         return result

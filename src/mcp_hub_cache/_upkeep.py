@@ -48,7 +48,19 @@ class Upkeep:
         return total
 
     async def clear(self, prefix: bytes) -> int:
-        """Remove all under *prefix*, with the loads in progress; 0, and a word in the log, if the store fails."""
+        """Remove all under *prefix*, with the loads in progress; 0, and a word in the log, if the store fails.
+
+        Cancellation: what has begun is carried out, by a task of the session. A cancelled caller gives it the deadline
+        to end, so that what he stores next is not cleared as well.
+        """
+        task = self._engine.session().run(self._clear(prefix))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await asyncio.wait([task], timeout=self._engine.timeout)
+            raise
+
+    async def _clear(self, prefix: bytes) -> int:
         session = self._engine.session()
         session.flights.detach_all(prefix)
         session.l1.drop_prefix(prefix)
