@@ -32,10 +32,10 @@ async def work(run: str) -> None:
 
 async def fleet() -> None:
     if os.environ.get("CACHE_BACKEND") != "redis":
-        print("No server is configured (CACHE_BACKEND=redis, REDIS_URL=…): the processes share a folder.")
+        print("No server is configured (CACHE_BACKEND=redis, REDIS_URL=…): the processes share a folder.", flush=True)
     status = await (await default_cache()).status()
     if status.status != "healthy":
-        print(f"{status.backend} is {status.status}, and a standby serves: {status.problem}")
+        print(f"{status.backend} is {status.status}, and a standby serves: {status.problem}", flush=True)
     run = str(os.getpid())
     # One after the other: within a process, those who ask for the same at the same time share one call; across
     # processes, whoever comes when a result is there.

@@ -414,7 +414,7 @@ class Engine:
     def _damaged(self, key: bytes, reason: str, error: Exception) -> None:
         self._tell_all(lambda observer: observer.error(reason))
         digest = hashlib.blake2b(key, digest_size=8).hexdigest()
-        hint = f": {error}" if isinstance(error, DecodeError) else ""
+        hint = f" ({error}; was it stored with another as_type?)" if isinstance(error, DecodeError) else ""
         self.warn_once(f"{digest} {reason}", f"entry with key digest {digest} is {reason}{hint}; treated as a miss")
 
     def _tell_all(self, tell: Callable[[Observer], None]) -> None:

@@ -285,11 +285,16 @@ class Lane:
                 self._free(batch)
         self._go_on()
 
-    async def settle(self, timeout: float) -> None:
-        """Return when no write is queued or in flight, those included that nobody waits for any more."""
-        if self._unwritten:
-            settled = self._settled = self._settled or self._loop.create_future()
-            await asyncio.wait([settled], timeout=timeout)
+    def settled(self) -> asyncio.Future[None]:
+        """Return a future that is done when no write is queued or in flight, whether or not anybody waits for it."""
+        if self._settled is None:
+            self._settled = self._loop.create_future()
+            if not self._unwritten:
+                self._settled.set_result(None)
+        settled = self._settled
+        if settled.done():
+            self._settled = None
+        return settled
 
     async def aclose(self) -> None:
         """Fail what waits, and end what is in flight."""
@@ -307,6 +312,10 @@ class Lane:
         for work in works:
             work.cancel()
         await asyncio.gather(*works, return_exceptions=True)
+        for batch in list(self._in_flight):  # what has ended just now, and has not been told yet
+            for request in batch.requests:
+                if not request.future.done():
+                    request.future.set_exception(StoreUnreachableError("the cache was closed."))
 
 
 class Lines:
@@ -345,8 +354,8 @@ class Lines:
 
     async def settle(self) -> None:
         """Return when all writes asked for are over, or the deadline has passed."""
-        for lane in list(self._lanes.values()):
-            await lane.settle(self._deadline)
+        if self._lanes:
+            await asyncio.wait([lane.settled() for lane in self._lanes.values()], timeout=self._deadline)
 
     async def aclose(self) -> None:
         """Let writes end within the deadline, then close all lanes."""

@@ -313,6 +313,6 @@ def test_version() -> None:
 def test_without_its_extra_the_command_says_what_to_install() -> None:
     code = "import sys; sys.modules['typer'] = None; from mcp_hub_cache.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "mcp-hub-cache[cli]" in done.stderr
     assert len(done.stderr.splitlines()) == 1

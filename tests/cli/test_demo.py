@@ -50,11 +50,21 @@ class Demo:
         # A busy machine may take longer than an agent would be kept waiting.
         self.env = os.environ | {"TMPDIR": folder, "NO_COLOR": "1", "COLUMNS": "100", "CACHE_TIMEOUT": "10"}
         self.env.pop("REPO", None)
+        self.started: list[subprocess.Popen[str]] = []
 
     def start(self, *args: str, **variables: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*DEMO, *args], env=self.env | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
+        self.started.append(process)
+        return process
+
+    def end(self) -> None:
+        """End what a failed test has left."""
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
 
     def __call__(self, *args: str, code: int = 0, **variables: str) -> tuple[str, str]:
         process = self.start(*args, **variables)
@@ -80,9 +90,11 @@ class Demo:
 def demo() -> Iterator[Demo]:
     # A short path: a unix socket is made in it.
     folder = tempfile.mkdtemp(prefix="mhc")
+    ours = Demo(folder)
     try:
-        yield Demo(folder)
+        yield ours
     finally:
+        ours.end()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -132,7 +144,7 @@ def test_on_a_repository_and_a_folder_that_are_the_users(demo: Demo, history: Pa
     assert "about history." in out
     assert re.search(r"1 without the cache +48 .* s +\n2 with it, cold .* s +\S+ s\n3 new process, warm +0 ", out)
     assert "did not call the server once" in out
-    assert "All 96 answers with it were those without it." in out
+    assert "All 96 answers from the cache equalled those without it." in out
     # What is said there can be looked at is there, and nothing else was touched.
     look = re.search(r"mcp-hub-cache (keys -n \S+)", out)
     assert look is not None
@@ -349,7 +361,7 @@ async def test_an_answer_that_differs_is_wrong_unless_the_repository_changed() -
 @pytest.mark.parametrize(
     ("wrong", "changed", "says"),
     [
-        ([], [], "All 4 answers with it were those without it."),
+        ([], [], "All 4 answers from the cache equalled those without it."),
         ([], ["git_status {}"], "The repository changed while the demo ran, and so did the answers to git_status {}."),
         (["git_log {}"], [], "WRONG: with the cache other answers came than without it, to git_log {}."),
     ],

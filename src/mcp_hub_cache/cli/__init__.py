@@ -13,7 +13,8 @@ def main() -> None:
         import rich  # noqa: F401 (looked for, so that what is missing is told in words)
         import typer  # noqa: F401
     except ImportError:
-        sys.exit("mcp-hub-cache: the command needs typer and rich: pip install 'mcp-hub-cache[cli]'")
+        print("mcp-hub-cache: the command needs typer and rich: pip install 'mcp-hub-cache[cli]'", file=sys.stderr)
+        sys.exit(2)
     from .app import run
 
     run()

@@ -154,9 +154,9 @@ class Report:
             what = ", ".join(map(output.printable, self.wrong[:3]))
             yield f"WRONG: with the cache other answers came than without it, to {what}.", "bold red"
         elif self.changed:
-            yield "All other answers with it were those without it.", "bold green"
+            yield "All other answers from the cache equalled those without it.", "bold green"
         else:
-            yield f"All {2 * self.questions:,} answers with it were those without it.", "bold green"
+            yield f"All {2 * self.questions:,} answers from the cache equalled those without it.", "bold green"
         if self.namespace is not None:
             yield f"For ten minutes you can look at them: mcp-hub-cache keys -n {self.namespace}", "dim"
 

@@ -142,7 +142,7 @@ _STORE_ERRORS = _kinds(StoreError)
 
 
 def _trouble(status: CacheStatus) -> str:
-    serves = " The standby serves." if status.status == "degraded" else ""
+    serves = " The standby serves: nothing was changed on the server." if status.status == "degraded" else ""
     return f"{status.backend} is {status.status}: {status.problem or 'it does not answer'}{serves}"
 
 

@@ -338,6 +338,12 @@ class Keeper:
 
     async def aclose(self) -> None:
         """End the running loop's task."""
+        if self._sessions.peek() is not None and len(self._journal):
+            _log.warning(
+                "%s is still to be told of %d deletes: they are lost if this process ends before it is back",
+                self._primary.name.capitalize(),
+                len(self._journal),
+            )
         await self._sessions.aclose()
 
 
