@@ -94,6 +94,7 @@ class Engine:
         self._max_value_bytes = max_value_bytes
         self._l1_size = (l1_max_entries, l1_max_bytes)
         self._stamp = store.stamp if isinstance(store, Coherent) and all(self._l1_size) else None
+        self._monitored = store if isinstance(store, Monitored) else None
         self._warned: set[str] = set()
         self._sessions: PerLoop[Session] = PerLoop(self._open, owner=f"this {store.name} cache", close=self._close)
         # The store's calls, bound once: a line tells kinds of requests apart by the identity of their call.
@@ -218,7 +219,7 @@ class Engine:
             evicted = session.l1.put(key, _Near(frame, stamp, shared), len(key) + len(data))
             if evicted:
                 self._tell_all(lambda observer: observer.eviction(evicted))
-        return Hit(value, frame.head, self.store.name)
+        return Hit(value, frame.head, self.store.name if self._monitored is None else self._monitored.serving)
 
     def intact(self, key: bytes, data: bytes | None) -> Frame | None:
         """The entry's frame, None for placeholders, nothing and damage."""
@@ -408,7 +409,7 @@ class Engine:
     def trouble(self, error: StoreError) -> None:
         """Count an error of the store, and log it once per kind and text."""
         self._tell_all(lambda observer: observer.error(error.kind))
-        if not isinstance(self.store, Monitored):  # such a store says it itself
+        if self._monitored is None:  # such a store says it itself
             self.warn_once(f"store {error.kind}", f"{self.store.name} cache: {error}")
 
     def _damaged(self, key: bytes, reason: str, error: Exception) -> None:

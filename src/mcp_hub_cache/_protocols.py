@@ -192,6 +192,11 @@ class Monitored(Protocol):
         """Return how it is now. Never blocks."""
         ...
 
+    @property
+    def serving(self) -> str:
+        """The name of the store that serves now."""
+        ...
+
 
 @runtime_checkable
 class Evicting(Protocol):

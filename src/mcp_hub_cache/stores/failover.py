@@ -119,6 +119,11 @@ class FailoverStore:
         """See ``Monitored.state``."""
         return self._keeper.state()
 
+    @property
+    def serving(self) -> str:
+        """See ``Monitored.serving``."""
+        return self._serving().name
+
     def now(self) -> float:
         """The serving store's clock; see ``Store.now``."""
         return self._serving().now()
