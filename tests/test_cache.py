@@ -968,8 +968,8 @@ async def test_a_frame_under_another_key_is_a_miss(cache: Cache) -> None:
 
 
 async def test_a_payload_that_cannot_be_decoded_is_a_miss(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
-    codec, _ = cache._engine.encode({"a": 1}, cache_classes())
-    write = cache._engine.framed(cache._key("k"), codec, b'{"SECRET": [1,', 60.0)
+    codec, _ = cache._writes.encode({"a": 1}, cache_classes())
+    write = cache._writes.framed(cache._key("k"), codec, b'{"SECRET": [1,', 60.0)
     await store_raw(cache, "k", write.frame)
     assert await cache.get("k", "default") == "default"
     assert cache.stats.errors == {"undecodable": 1}
@@ -983,7 +983,7 @@ def cache_classes() -> Any:
 
 
 async def test_an_unknown_codec_is_a_miss(cache: Cache) -> None:
-    write = cache._engine.framed(cache._key("k"), 77, b"1", 60.0)
+    write = cache._writes.framed(cache._key("k"), 77, b"1", 60.0)
     assert unpack_head(write.frame).codec == 77
     await store_raw(cache, "k", write.frame)
     assert await cache.get("k") is None

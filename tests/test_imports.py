@@ -25,6 +25,7 @@ LAYERS = [
     {"_open"},
     {"_cache"},
     {"_identity", "_load", "_upkeep"},
+    {"_writes"},
     {"_engine"},
     {"_keys", "_settings", "stores"},
     {"_codec"},

@@ -21,6 +21,7 @@ from ._policy import seconds
 from ._protocols import Evicting, Observer, Store, StoreState, Switching
 from ._stats import CacheStatus, Counters, Stats
 from ._upkeep import Upkeep
+from ._writes import Writes
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -72,11 +73,11 @@ class Cache(AsyncCache):
             timeout=seconds(timeout, "timeout"),
             l1_max_entries=_whole(l1_max_entries, "l1_max_entries"),
             l1_max_bytes=_whole(l1_max_bytes, "l1_max_bytes"),
-            max_value_bytes=_whole(max_value_bytes, "max_value_bytes", least=1),
             observers=(self._counters,) if observer is None else (self._counters, observer),
         )
-        self._loads = Loads(self._engine)
-        self._upkeep = Upkeep(self._engine)
+        self._writes = Writes(self._engine, _whole(max_value_bytes, "max_value_bytes", least=1))
+        self._loads = Loads(self._engine, self._writes)
+        self._upkeep = Upkeep(self._engine, self._writes)
         if isinstance(store, Evicting):
             store.on_evict = self._counters.eviction
         if isinstance(store, Switching):
@@ -134,26 +135,26 @@ class Cache(AsyncCache):
 
     async def set(self, key: str, value: object, *, ttl: Seconds | None = None, as_type: object = Any) -> None:
         store_key, seconds_fresh = self._key(key), self._ttl(ttl)
-        codec, payload = self._engine.encode(value, _classes(as_type))
-        await self._engine.write_many([(store_key, codec, payload)], seconds_fresh)
+        codec, payload = self._writes.encode(value, _classes(as_type))
+        await self._writes.write_many([(store_key, codec, payload)], seconds_fresh)
 
     async def set_many(
         self, mapping: Mapping[str, object], *, ttl: Seconds | None = None, as_type: object = Any
     ) -> None:
         classes, seconds_fresh = _classes(as_type), self._ttl(ttl)
-        entries = [(self._key(key), *self._engine.encode(value, classes)) for key, value in mapping.items()]
-        await self._engine.write_many(entries, seconds_fresh)
+        entries = [(self._key(key), *self._writes.encode(value, classes)) for key, value in mapping.items()]
+        await self._writes.write_many(entries, seconds_fresh)
 
     async def add(self, key: str, value: object, *, ttl: Seconds | None = None, as_type: object = Any) -> bool:
         store_key, seconds_fresh = self._key(key), self._ttl(ttl)
-        codec, payload = self._engine.encode(value, _classes(as_type))
-        return await self._engine.add(store_key, codec, payload, seconds_fresh)
+        codec, payload = self._writes.encode(value, _classes(as_type))
+        return await self._writes.add(store_key, codec, payload, seconds_fresh)
 
     async def delete(self, key: str) -> bool:
-        return bool(await self._engine.delete_many([self._key(key)]))
+        return bool(await self._writes.delete_many([self._key(key)]))
 
     async def delete_many(self, keys: Iterable[str]) -> int:
-        return await self._engine.delete_many(list(dict.fromkeys(map(self._key, _several(keys)))))
+        return await self._writes.delete_many(list(dict.fromkeys(map(self._key, _several(keys)))))
 
     async def exists(self, key: str) -> bool:
         return await self._engine.head(self._key(key)) is not None
@@ -163,7 +164,7 @@ class Cache(AsyncCache):
         return None if head is None else head.fresh_until - self._engine.store.now()
 
     async def touch(self, key: str, ttl: Seconds) -> bool:
-        return await self._engine.touch(self._key(key), seconds(ttl))
+        return await self._writes.touch(self._key(key), seconds(ttl))
 
     async def get_or_load(
         self,

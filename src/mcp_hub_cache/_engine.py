@@ -1,13 +1,13 @@
-"""The engine: store keys in, values out. What ``Cache`` puts names and options on, and ``Loads`` loads through.
+"""The engine: what belongs to an event loop, and reading. ``Writes``, ``Loads`` and ``Upkeep`` work through it.
 
-Strategy: L1, then the lines to the store. All loop-bound parts stand in one ``Session``.
+Strategy: all loop-bound parts stand in one ``Session``. A read asks L1, then the lines to the store. Keys are whole
+store keys here; ``Cache`` makes them of names.
 
 Rules:
 - Trouble with the store never reaches a caller. A read that fails is a miss, a write that fails is counted.
 - Only a fresh, intact entry of exactly the key that was asked for is a hit, whatever the store answers.
 - An own delete, set or clear also detaches the load in this process, so that it wins even while the store can't be
   reached.
-- One task renews every placeholder that is held. Those of holders that died are gone after ``HOLD`` seconds.
 """
 
 from __future__ import annotations
@@ -15,21 +15,20 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import secrets
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
 from ._classes import ClassSet
-from ._codec import DecodeError, decode, encode, is_immutable
-from ._exceptions import StoreError, ValueTooLargeError
+from ._codec import DecodeError, decode, is_immutable
+from ._exceptions import StoreError
 from ._flight import Flights
-from ._frame import TOKEN_SIZE, Frame, FrameError, Head, Kind, Mark, pack, patch_head, unpack, unpack_head
+from ._frame import Frame, FrameError, Head, Kind, unpack, unpack_head
 from ._l1 import L1
 from ._lifetime import PerLoop
 from ._lines import Lines
-from ._placeholders import Placeholders, heed
-from ._policy import Freshness, freshness, span
-from ._protocols import Coherent, Fence, Monitored, Observer, Outcome, Patch, Store, Write
+from ._placeholders import Placeholders
+from ._policy import Freshness, freshness
+from ._protocols import Coherent, Monitored, Observer, Store
 
 T = TypeVar("T")
 
@@ -37,8 +36,7 @@ log = logging.getLogger("mcp_hub_cache")
 
 _NOT_SHARED: Final = object()
 _MAX_WARNED: Final = 1000
-_CHUNK: Final = 128  # of a call with many keys: each chunk has the deadline to itself
-_TRIES: Final = 3  # for what is compared and written: others may be quicker so often
+CHUNK: Final = 128  # of a call with many keys: each chunk has the deadline to itself
 
 
 class Hit(NamedTuple):
@@ -67,6 +65,11 @@ class Session:
         self.placeholders = placeholders
         self.tasks: set[asyncio.Task[Any]] = set()
 
+    def forget(self, key: bytes) -> None:
+        """Let go of what is known of *key*: it changes now. Loads in progress serve those who wait, and no one else."""
+        self.flights.detach(key)
+        self.l1.drop(key)
+
     def run(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start *work* in a task that goes on if its caller is cancelled, and ends with the session."""
         task = asyncio.create_task(work, name="mcp-hub-cache work")
@@ -76,7 +79,7 @@ class Session:
 
 
 class Engine:
-    """Reads, writes and loads over one store. See the module for the rules; keys are whole store keys here."""
+    """The session and the reads of one store. See the module for the rules."""
 
     def __init__(
         self,
@@ -85,13 +88,11 @@ class Engine:
         timeout: float,
         l1_max_entries: int,
         l1_max_bytes: int,
-        max_value_bytes: int,
         observers: tuple[Observer, ...],
     ) -> None:
         self.store = store
         self.observers = observers
         self.timeout = timeout
-        self._max_value_bytes = max_value_bytes
         self._l1_size = (l1_max_entries, l1_max_bytes)
         self._stamp = store.stamp if isinstance(store, Coherent) and all(self._l1_size) else None
         self._monitored = store if isinstance(store, Monitored) else None
@@ -100,9 +101,6 @@ class Engine:
         # The store's calls, bound once: a line tells kinds of requests apart by the identity of their call.
         self._get = store.get_many
         self._get_groups = self._ask_groups
-        self._write = store.write_many
-        self._patch = store.patch_many
-        self._delete = store.delete_many
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> Session:
         lines = Lines(loop, self.store.lane, deadline=self.timeout)
@@ -160,8 +158,8 @@ class Engine:
         session = self.session()
         hits: dict[bytes, Hit] = {}
         wanted = list(dict.fromkeys(keys))
-        for start in range(0, len(wanted), _CHUNK):
-            await self._read_chunk(session, wanted[start : start + _CHUNK], classes, hits)
+        for start in range(0, len(wanted), CHUNK):
+            await self._read_chunk(session, wanted[start : start + CHUNK], classes, hits)
         for key in wanted:
             tell_read(hits.get(key), self.observers)
         return hits
@@ -177,7 +175,7 @@ class Engine:
             if hit is not None:
                 hits[key] = hit
         parts = session.lines.read_groups(self._get_groups, [key for key in keys if key not in hits])
-        for (part, _), answer in zip(parts, await _all([future for _, future in parts]), strict=True):
+        for (part, _), answer in zip(parts, await every([future for _, future in parts]), strict=True):
             if isinstance(answer, StoreError):
                 self.trouble(answer)
                 continue
@@ -218,7 +216,7 @@ class Engine:
             shared = value if is_immutable(value) else _NOT_SHARED
             evicted = session.l1.put(key, _Near(frame, stamp, shared), len(key) + len(data))
             if evicted:
-                self._tell_all(lambda observer: observer.eviction(evicted))
+                self._tellevery(lambda observer: observer.eviction(evicted))
         return Hit(value, frame.head, self.store.name if self._monitored is None else self._monitored.serving)
 
     def intact(self, key: bytes, data: bytes | None) -> Frame | None:
@@ -254,171 +252,21 @@ class Engine:
             return None
         return head
 
-    # Writing
-
-    def encode(self, value: object, classes: ClassSet) -> tuple[int, bytes]:
-        """Return codec and payload of *value*.
-
-        Raises:
-            UncacheableError: It can't be stored so that a hit equals a miss.
-            ValueTooLargeError: Its stored form is larger than this cache takes.
-        """
-        codec, payload = encode(value, classes)
-        if len(payload) > self._max_value_bytes:
-            raise ValueTooLargeError(
-                f"the value takes {len(payload):,} bytes; this cache stores at most {self._max_value_bytes:,}. "
-                "Store less, or raise max_value_bytes."
-            )
-        return codec, payload
-
-    async def write_many(self, entries: Sequence[tuple[bytes, int, bytes]], ttl: float) -> None:
-        """Store (key, codec, payload) each, unconditionally: wins over loads in progress."""
-        session = self.session()
-        for key, _, _ in entries:
-            self._forget(session, key)
-        for start in range(0, len(entries), _CHUNK):
-            writes = [self.framed(*entry, ttl) for entry in entries[start : start + _CHUNK]]
-            outcomes = await self._submit_all(session, self._write, [(one.key, one) for one in writes])
-            for write, outcome in zip(writes, outcomes, strict=True):
-                if isinstance(outcome, StoreError):
-                    self.trouble(outcome)
-                    await self.withdraw(session, write.key, outcome)
-
-    async def withdraw(self, session: Session, key: bytes, cause: StoreError | None = None) -> None:
-        """Remove what stands under *key*: its successor could not be stored, and it must not pass for that."""
-        future = session.lines.write(self._delete, key, key)
-        future.add_done_callback(heed)
-        session.l1.drop(key)
-        if cause is None or not cause.outage:  # what does not answer has cost its deadline already
-            await asyncio.wait([future])
-
-    async def _submit_all(self, session: Session, call: Any, items: Sequence[tuple[bytes, Any]]) -> list[Any]:
-        """Hand on a chunk of writes and return their outcomes, ``StoreError``s among them."""
-        sizes = (len(item.frame) if isinstance(item, Write) else 0 for _, item in items)
-        futures = [session.lines.write(call, key, item, size) for (key, item), size in zip(items, sizes, strict=True)]
-        outcomes = await _all(futures)
-        for key, _ in items:
-            session.l1.drop(key)
-        return outcomes
-
-    def framed(
-        self,
-        key: bytes,
-        codec: int,
-        payload: bytes,
-        ttl: float,
-        *,
-        fence: Fence | None = None,
-        cost: float = 0.0,
-        owner: bytes | None = None,
-    ) -> Write:
-        """Return the write of a new entry, as of now."""
-        now = self.store.now()
-        until = span(now, ttl)
-        frame = pack(
-            key,
-            payload,
-            codec=codec,
-            token=secrets.token_bytes(TOKEN_SIZE),
-            created=now,
-            fresh_until=until.fresh_until,
-            keep_until=until.keep_until,
-            cost=cost,
-            marks=() if owner is None else (Mark(owner, OWNED),),
-        )
-        return Write(key, frame, until.keep(now), fence)
-
-    async def put(self, session: Session, write: Write) -> Outcome:
-        """Carry out a fenced write."""
-        outcome = await self._submit(session, self._write, write.key, write, len(write.frame))
-        session.l1.drop(write.key)
-        return outcome
-
-    async def _submit(self, session: Session, call: Any, key: bytes, item: Any, size: int = 0) -> Outcome:
-        try:
-            outcome: Outcome = await session.lines.write(call, key, item, size)
-        except StoreError as error:
-            outcome = error
-        if isinstance(outcome, StoreError):
-            self.trouble(outcome)
-        return outcome
-
-    async def add(self, key: bytes, codec: int, payload: bytes, ttl: float) -> bool:
-        """Store only where no fresh entry is: begin, then write what the beginning's token allows."""
-        session = self.session()
-        for _ in range(_TRIES):
-            begun = await session.placeholders.begin(key)
-            if begun is None:
-                return False
-            held = session.placeholders.hold(key, begun) if begun.leader else None
-            outcome: Outcome = "refused"
-            try:
-                frame = self.intact(key, begun.frame)
-                if frame is not None and freshness(frame.head, self.store.now()) is Freshness.FRESH:
-                    return False
-                outcome = await self.put(session, self.framed(key, codec, payload, ttl, fence=begun.fence))
-            finally:
-                if held is not None:
-                    session.placeholders.end(held, stored=outcome == "done")
-            if outcome == "done":
-                self._forget(session, key)
-                return True
-            if outcome != "refused":
-                return False
-        return False
-
-    async def touch(self, key: bytes, ttl: float) -> bool:
-        """Give the fresh entry under *key* a new ttl from now."""
-        session = self.session()
-        for _ in range(_TRIES):
-            head = await self.head(key)
-            if head is None:
-                return False
-            now = self.store.now()
-            until = span(now, ttl)
-            patched = patch_head(head, fresh_until=until.fresh_until, keep_until=until.keep_until)
-            # The serving store's id: a switch of stores in between makes it refuse, and the next try finds out.
-            fence = Fence(self.store.id, head.token)
-            outcome = await self._submit(session, self._patch, key, Patch(key, fence, patched, until.keep(now)))
-            session.l1.drop(key)
-            if outcome != "refused":
-                return outcome == "done"
-        return False
-
-    async def delete_many(self, keys: Sequence[bytes]) -> int:
-        """Remove; answer how many fresh entries went. Wins over loads in progress."""
-        session = self.session()
-        for key in keys:
-            self._forget(session, key)
-        removed = 0
-        for start in range(0, len(keys), _CHUNK):
-            chunk = [(key, key) for key in keys[start : start + _CHUNK]]
-            for answer in await self._submit_all(session, self._delete, chunk):
-                if isinstance(answer, StoreError):
-                    self.trouble(answer)
-                elif self.fresh_head(answer) is not None:
-                    removed += 1
-        return removed
-
-    def _forget(self, session: Session, key: bytes) -> None:
-        session.flights.detach(key)
-        session.l1.drop(key)
-
     # Trouble
 
     def trouble(self, error: StoreError) -> None:
         """Count an error of the store, and log it once per kind and text."""
-        self._tell_all(lambda observer: observer.error(error.kind))
+        self._tellevery(lambda observer: observer.error(error.kind))
         if self._monitored is None:  # such a store says it itself
             self.warn_once(f"store {error.kind}", f"{self.store.name} cache: {error}")
 
     def _damaged(self, key: bytes, reason: str, error: Exception) -> None:
-        self._tell_all(lambda observer: observer.error(reason))
+        self._tellevery(lambda observer: observer.error(reason))
         digest = hashlib.blake2b(key, digest_size=8).hexdigest()
         hint = f" ({error}; was it stored with another as_type?)" if isinstance(error, DecodeError) else ""
         self.warn_once(f"{digest} {reason}", f"entry with key digest {digest} is {reason}{hint}; treated as a miss")
 
-    def _tell_all(self, tell: Callable[[Observer], None]) -> None:
+    def _tellevery(self, tell: Callable[[Observer], None]) -> None:
         for observer in self.observers:
             tell(observer)
 
@@ -432,7 +280,7 @@ OWNED: Final = bytes(8)
 """The mark of an owner: owners have none that changes."""
 
 
-async def _all(futures: Sequence[asyncio.Future[Any]]) -> list[Any]:
+async def every(futures: Sequence[asyncio.Future[Any]]) -> list[Any]:
     """The results of all, ``StoreError``s among them."""
     results = await asyncio.gather(*futures, return_exceptions=True)
     for result in results:

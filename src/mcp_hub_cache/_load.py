@@ -28,6 +28,7 @@ from ._exceptions import UncacheableError, ValueTooLargeError
 from ._flight import Flight
 from ._frame import unpack
 from ._protocols import Observer
+from ._writes import Writes
 
 
 class Plan(NamedTuple):
@@ -72,8 +73,9 @@ class _Landed(NamedTuple):
 class Loads:
     """Loads through one engine."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, writes: Writes) -> None:
         self._engine = engine
+        self._writes = writes
 
     async def load(self, key: bytes, loader: Loader[Any], plan: Plan) -> Any:
         """Return the fresh value under *key*, or what *loader* yields; see ``Cache.get_or_load``."""
@@ -116,14 +118,14 @@ class Loads:
             if wanted or len(flight.waiters) > 1:  # or else only to copy it for the others
                 codec, payload = self._try_encode(value, plan, wanted=wanted)
             if wanted and payload is not None and begun is not None and not flight.detached:
-                write = self._engine.framed(
+                write = self._writes.framed(
                     key, codec, payload, plan.ttl, fence=begun.fence, cost=cost, owner=plan.owner
                 )
-                outcome = await self._engine.put(session, write)
+                outcome = await self._writes.put(session, write)
                 stored = outcome == "done"
                 superseded = outcome == "refused"
             if plan.refresh and not stored and not superseded and not flight.detached:
-                await self._engine.withdraw(session, key)
+                await self._writes.withdraw(session, key)
             return _Landed(value, codec, payload, plan.classes, cost)
         finally:
             if held is not None:
@@ -149,7 +151,7 @@ class Loads:
 
     def _try_encode(self, value: Any, plan: Plan, *, wanted: bool) -> tuple[int, bytes | None]:
         try:
-            return self._engine.encode(value, plan.classes)
+            return self._writes.encode(value, plan.classes)
         except (UncacheableError, ValueTooLargeError) as error:
             if not wanted:
                 return 0, None

@@ -16,6 +16,7 @@ from ._engine import OWNED, Engine, Session
 from ._exceptions import StoreError, StoreMisconfiguredError
 from ._frame import Kind, Mark, peek
 from ._protocols import Monitored, StoreState
+from ._writes import Writes
 
 log = logging.getLogger("mcp_hub_cache")
 
@@ -23,8 +24,9 @@ log = logging.getLogger("mcp_hub_cache")
 class Upkeep:
     """The upkeep of one engine's store."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, writes: Writes) -> None:
         self._engine = engine
+        self._writes = writes
         self._store = engine.store
 
     async def scan(self, prefix: bytes) -> AsyncGenerator[bytes, None]:
@@ -90,7 +92,7 @@ class Upkeep:
         except StoreError as error:
             self._engine.trouble(error)
             log.error("clearing the %s cache failed: %s", self._store.name, error)
-        return await self._engine.delete_many(owned)
+        return await self._writes.delete_many(owned)
 
     def _is_owned(self, session: Session, key: bytes, data: bytes | None, owner: bytes) -> bool:
         """Whether *data* is an entry of *owner*'s, or stands for a load that may be."""
