@@ -44,6 +44,7 @@ _log = logging.getLogger("mcp_hub_cache")
 _WATCH: Final = 1.0  # seconds between looks at whether the folder is still the same
 _FIRST_SWEEP: Final = 0.5  # seconds after opening: programs that run for a moment don't pay for it
 _BREATH: Final = 0.05  # seconds between the slices of a background sweep
+_SWEEP_SHARE: Final = 20  # times as long as a sweep took until the next one
 _ROOM: Final = 0.05  # seconds that a write waits for the eviction it caused
 _POLLS: Final = (0.005, 1.5, 0.05)  # of a stamp somebody waits for: first pause, growth, longest pause
 _MAX_SLOTS: Final = 65_536
@@ -70,7 +71,8 @@ class FileStore:
         max_bytes: Disk to take up, in blocks of 4 KiB as a file system gives them; None: no bound. Kept over all
             processes and namespaces; writers may be over it for moments.
         threads: Jobs that may run at once.
-        sweep_interval: Seconds between sweeps of expired files.
+        sweep_interval: Seconds between sweeps of expired files, at least: a folder that takes long to sweep is swept
+            less often, so that it never costs more than a twentieth of the time.
         clock: Seconds since the epoch.
         on_evict: Called on the event loop with the number of entries dropped for room.
     """
@@ -84,7 +86,7 @@ class FileStore:
         prefix: str = "mcp_hub:",
         max_bytes: int | None = 1 << 30,
         threads: int = 4,
-        sweep_interval: float = 60.0,
+        sweep_interval: float = 5.0,
         clock: Callable[[], float] = time.time,
         on_evict: Callable[[int], None] | None = None,
     ) -> None:
@@ -255,17 +257,20 @@ class FileStore:
 
     async def _keep(self) -> None:
         await asyncio.sleep(_FIRST_SWEEP)
-        due = 0.0
+        due, interval = 0.0, self._sweep_interval
         while True:
             try:
                 await self._background(self._folder.refresh)
                 if time.monotonic() >= due:
                     # One sweep per interval does for all processes; the first is each one's own, for what a kill left.
-                    fresh = due and 0 <= time.time() - self._folder.swept() < self._sweep_interval * 0.9
-                    due = time.monotonic() + self._sweep_interval
+                    began = time.monotonic()
+                    fresh = due and 0 <= time.time() - self._folder.swept() < interval * 0.9
+                    due = began + interval
                     if not fresh:
                         await self._sweep(_BREATH)
                         await self._keep_bound()
+                        interval = max(self._sweep_interval, _SWEEP_SHARE * (time.monotonic() - began))
+                        due = time.monotonic() + interval
             except StoreError as error:
                 _log.debug("the sweep of the file cache failed: %s", error)  # calls meet the same, and say so
             except Exception:  # noqa: BLE001 -- the task goes on whatever happens; the log has it
