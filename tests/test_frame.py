@@ -24,7 +24,6 @@ from mcp_hub_cache._frame import (
     patch_head,
     peek,
     placeholder,
-    shorten,
     unpack,
     unpack_head,
 )
@@ -155,13 +154,6 @@ def test_a_patched_head_fits_the_same_body(payload: bytes, fresh_until: float, k
     assert len(head) == HEAD_SIZE
     assert frame.head == unpack_head(data)._replace(fresh_until=fresh_until, keep_until=keep_until)
     assert bytes(frame.payload) == payload
-
-
-def test_shorten_never_prolongs() -> None:
-    data = entry(fresh_until=20.0, keep_until=30.0)
-    for until, fresh, keep in ((40.0, 20.0, 30.0), (25.0, 20.0, 25.0), (10.0, 10.0, 10.0)):
-        head = unpack(shorten(data, until), KEY).head
-        assert (head.fresh_until, head.keep_until) == (fresh, keep)
 
 
 def test_liveness() -> None:

@@ -201,13 +201,6 @@ def patch_head(head: Head, *, fresh_until: float, keep_until: float) -> bytes:
     return _seal(head._replace(fresh_until=fresh_until, keep_until=keep_until))
 
 
-def shorten(frame: bytes, keep_until: float) -> bytes:
-    """Return *frame* with freshness and keeping cut down to *keep_until*; never prolonged."""
-    head = unpack_head(frame)
-    fresh = min(head.fresh_until, keep_until)
-    return patch_head(head, fresh_until=fresh, keep_until=min(head.keep_until, keep_until)) + frame[HEAD_SIZE:]
-
-
 def placeholder(key: bytes, token: bytes, now: float, hold: float) -> bytes:
     """Return the frame that says "being loaded": planted by ``begin_many``, kept for *hold* seconds."""
     until = now + hold
