@@ -23,7 +23,7 @@ from typing import Any, Final
 from ._async_cache import MISSING, AsyncCache
 from ._bind import bind, bound_names, template
 from ._classes import ClassSet, return_annotation
-from ._identity import identify
+from ._identity import identify, own_key
 from ._keys import KeySpace, argument_bytes, digest, function_name, namer
 from ._stats import Counters
 
@@ -32,8 +32,7 @@ log = logging.getLogger("mcp_hub_cache")
 Scope = str | int | ContextVar[Any] | Callable[..., object]
 HOW_TO_IDENTIFY: Final = (
     "say how its instances are identified: give it a `__cache_key__` attribute, property or method whose value tells "
-    "apart "
-    "what has different results (for an API client perhaps its base URL and tenant)"
+    "apart what has different results (for an API client perhaps its base URL and tenant)"
 )
 
 
@@ -100,7 +99,7 @@ class Calls:
     @functools.cached_property
     def identity(self) -> str:
         """What tells the function from all others."""
-        return identify(self.func).text
+        return identify(self.func)
 
     @functools.cached_property
     def classes(self) -> ClassSet:
@@ -124,7 +123,7 @@ class Calls:
     @functools.cached_property
     def _meaning(self) -> tuple[bytes, ...]:
         """What tells this function's results from all others', apart from the arguments."""
-        return (self.identity.encode(), self.classes.fingerprint.encode(), self._version())
+        return (self.identity.encode(), self.classes.fingerprint.encode(), self._version)
 
     @functools.cached_property
     def _name(self) -> Callable[[tuple[Any, ...]], str]:
@@ -160,7 +159,7 @@ class Calls:
         if self.options.key is None:
             return self._name((*self._bind(*args, **kwargs), scope, self._own(args)))
         text = self._template(*args, **kwargs) if self._template is not None else self._by_function(args, kwargs)
-        extra = (scope, self._version().decode("latin-1"), self._own(args))
+        extra = (scope, self._version.decode("latin-1"), self._own(args))
         return f"{text}:{digest(*(part.encode() for part in extra))}" if any(extra) else text
 
     def _by_function(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -170,6 +169,7 @@ class Calls:
             raise TypeError(f"the key function of {self.readable} must return text, not {type(text).__name__}")
         return text
 
+    @functools.cached_property
     def _version(self) -> bytes:
         return b"" if self.options.version is None else argument_bytes(("version",), (self.options.version,))
 
@@ -183,9 +183,7 @@ class Calls:
         owner = type(instance)
         if not hasattr(owner, "__cache_key__"):
             raise TypeError(f"{self.readable} can't be cached for {owner.__qualname__}: {HOW_TO_IDENTIFY}.")
-        material = instance.__cache_key__
-        material = material() if callable(material) else material
-        return digest(argument_bytes(("class", "__cache_key__"), (function_name(owner)[1], material)))
+        return digest(argument_bytes(("class", "__cache_key__"), own_key(instance)))
 
     def _scope(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         scope = self.options.scope

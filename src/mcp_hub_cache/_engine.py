@@ -95,7 +95,7 @@ class Engine:
         self.timeout = timeout
         self._l1_size = (l1_max_entries, l1_max_bytes)
         self._stamp = store.stamp if isinstance(store, Coherent) and all(self._l1_size) else None
-        self._monitored = store if isinstance(store, Monitored) else None
+        self.monitored = store if isinstance(store, Monitored) else None
         self._warned: set[str] = set()
         self._sessions: PerLoop[Session] = PerLoop(self._open, owner=f"this {store.name} cache", close=self._close)
         # The store's calls, bound once: a line tells kinds of requests apart by the identity of their call.
@@ -191,7 +191,7 @@ class Engine:
 
     def _near(self, near: _Near, stamp: int, classes: ClassSet) -> Hit | None:
         head = near.frame.head
-        if near.stamp != stamp or freshness(head, self.store.now()) is not Freshness.FRESH:
+        if near.stamp != stamp or not self._is_fresh(head):
             return None
         if near.shared is not _NOT_SHARED:
             return Hit(near.shared, head, "l1")
@@ -204,8 +204,8 @@ class Engine:
         self, session: Session, key: bytes, data: bytes | None, classes: ClassSet, stamp: int | None
     ) -> Hit | None:
         """Verify what the store said to be under *key*; only a fresh, intact entry of that very key is a hit."""
-        frame = self.intact(key, data)
-        if frame is None or freshness(frame.head, self.store.now()) is not Freshness.FRESH:
+        frame = self.fresh_frame(key, data)
+        if frame is None:
             return None
         try:
             value = decode(frame.head.codec, frame.payload, classes)
@@ -216,8 +216,8 @@ class Engine:
             shared = value if is_immutable(value) else _NOT_SHARED
             evicted = session.l1.put(key, _Near(frame, stamp, shared), len(key) + len(data))
             if evicted:
-                self._tellevery(lambda observer: observer.eviction(evicted))
-        return Hit(value, frame.head, self.store.name if self._monitored is None else self._monitored.serving)
+                self._tell_all(lambda observer: observer.eviction(evicted))
+        return Hit(value, frame.head, self.store.name if self.monitored is None else self.monitored.serving)
 
     def intact(self, key: bytes, data: bytes | None) -> Frame | None:
         """The entry's frame, None for placeholders, nothing and damage."""
@@ -230,17 +230,23 @@ class Engine:
             return None
         return frame if frame.head.kind == Kind.ENTRY else None
 
+    def fresh_frame(self, key: bytes, data: bytes | None) -> Frame | None:
+        """The same, if it is fresh."""
+        frame = self.intact(key, data)
+        return frame if frame is not None and self._is_fresh(frame.head) else None
+
+    def _is_fresh(self, head: Head) -> bool:
+        return freshness(head, self.store.now()) is Freshness.FRESH
+
     async def head(self, key: bytes) -> Head | None:
         """Return the head of the fresh, intact entry under *key*, or None. Nothing is decoded."""
         session = self.session()
         try:
-            frame = self.intact(key, await session.lines.read(self._get, key, key))
+            frame = self.fresh_frame(key, await session.lines.read(self._get, key, key))
         except StoreError as error:
             self.trouble(error)
             return None
-        if frame is None or freshness(frame.head, self.store.now()) is not Freshness.FRESH:
-            return None
-        return frame.head
+        return None if frame is None else frame.head
 
     def fresh_head(self, data: bytes | None) -> Head | None:
         """The head in *data*, if it is a fresh entry's."""
@@ -248,25 +254,23 @@ class Engine:
             head = None if data is None else unpack_head(data)
         except FrameError:
             return None
-        if head is None or head.kind != Kind.ENTRY or freshness(head, self.store.now()) is not Freshness.FRESH:
-            return None
-        return head
+        return head if head is not None and head.kind == Kind.ENTRY and self._is_fresh(head) else None
 
     # Trouble
 
     def trouble(self, error: StoreError) -> None:
         """Count an error of the store, and log it once per kind and text."""
-        self._tellevery(lambda observer: observer.error(error.kind))
-        if self._monitored is None:  # such a store says it itself
+        self._tell_all(lambda observer: observer.error(error.kind))
+        if self.monitored is None:  # such a store says it itself
             self.warn_once(f"store {error.kind}", f"{self.store.name} cache: {error}")
 
     def _damaged(self, key: bytes, reason: str, error: Exception) -> None:
-        self._tellevery(lambda observer: observer.error(reason))
+        self._tell_all(lambda observer: observer.error(reason))
         digest = hashlib.blake2b(key, digest_size=8).hexdigest()
         hint = f" ({error}; was it stored with another as_type?)" if isinstance(error, DecodeError) else ""
         self.warn_once(f"{digest} {reason}", f"entry with key digest {digest} is {reason}{hint}; treated as a miss")
 
-    def _tellevery(self, tell: Callable[[Observer], None]) -> None:
+    def _tell_all(self, tell: Callable[[Observer], None]) -> None:
         for observer in self.observers:
             tell(observer)
 
@@ -290,6 +294,7 @@ async def every(futures: Sequence[asyncio.Future[Any]]) -> list[Any]:
 
 
 def tell_read(hit: Hit | None, observers: tuple[Observer, ...]) -> None:
+    """Tell of one read; no *hit* is a miss."""
     for observer in observers:
         if hit is None:
             observer.miss()

@@ -21,7 +21,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable
 from types import CodeType, FunctionType, MethodType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ._classes import closure_of
 from ._exceptions import UncacheableError
@@ -39,19 +39,11 @@ _seen: dict[str, dict[str, int]] = {}
 """The objects without a stable form that the functions of an identity close over. Decides nothing but a warning."""
 
 
-class Identity(NamedTuple):
-    """*readable* is for people, *text* tells the function from all others."""
-
-    readable: str
-    text: str
-
-
-def identify(func: Callable[..., Any]) -> Identity:
+def identify(func: Callable[..., Any]) -> str:
     """Return the identity of *func*; wrappers made with ``functools.wraps`` are looked through."""
     inner = inspect.unwrap(func)
     unknown: dict[str, int] = {}
     text = _text(inner, unknown, set())
-    readable = function_name(inner).readable
     before = _seen.get(text)
     if before is None:
         if len(_seen) < _MAX_REMEMBERED:
@@ -61,10 +53,16 @@ def identify(func: Callable[..., Any]) -> Identity:
         log.warning(
             "%s exists more than once, each with another %s, which can't be part of its keys: all share their entries. "
             "Tell them apart with version=, scope= or key=",
-            readable,
+            function_name(inner).readable,
             ", ".join(other),
         )
-    return Identity(readable, text)
+    return text
+
+
+def own_key(instance: Any) -> tuple[str, object]:
+    """Return what tells *instance* from others: its class's true name, and what its ``__cache_key__`` says."""
+    material = instance.__cache_key__  # an attribute, a property or a method
+    return function_name(type(instance)).identity, material() if callable(material) else material
 
 
 def _text(func: Any, unknown: dict[str, int], within: set[int]) -> str:
@@ -102,8 +100,7 @@ def _captured(value: object, unknown: dict[str, int], within: set[int]) -> str:
     if inspect.isclass(value) or inspect.isbuiltin(value):
         return "name " + function_name(value).identity
     if hasattr(type(value), "__cache_key__"):
-        material: Any = getattr(value, "__cache_key__")  # noqa: B009  # attribute, property or method
-        return _form([function_name(type(value)).identity, material() if callable(material) else material])
+        return _form(list(own_key(value)))
     return _form(value)
 
 

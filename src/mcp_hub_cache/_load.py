@@ -27,7 +27,7 @@ from ._engine import Engine, Session, tell_read
 from ._exceptions import UncacheableError, ValueTooLargeError
 from ._flight import Flight
 from ._frame import unpack
-from ._protocols import Observer
+from ._protocols import Observer, Outcome
 from ._writes import Writes
 
 
@@ -110,7 +110,7 @@ class Loads:
                 return _Landed(hit.value, hit.head.codec, stored_payload, plan.classes, hit.head.cost)
         flight.begun = True
         held = session.placeholders.hold(key, begun) if begun is not None else None
-        stored = superseded = False
+        outcome: Outcome | None = None
         try:
             value, cost = await self._call(loader, plan)
             wanted = plan.cache_if is None or plan.cache_if(value)
@@ -122,14 +122,12 @@ class Loads:
                     key, codec, payload, plan.ttl, fence=begun.fence, cost=cost, owner=plan.owner
                 )
                 outcome = await self._writes.put(session, write)
-                stored = outcome == "done"
-                superseded = outcome == "refused"
-            if plan.refresh and not stored and not superseded and not flight.detached:
+            if plan.refresh and outcome not in {"done", "refused"} and not flight.detached:
                 await self._writes.withdraw(session, key)
             return _Landed(value, codec, payload, plan.classes, cost)
         finally:
             if held is not None:
-                session.placeholders.end(held, stored=stored)
+                session.placeholders.end(held, stored=outcome == "done")
 
     async def _call(self, loader: Loader[Any], plan: Plan) -> tuple[Any, float]:
         clock = asyncio.get_running_loop().time

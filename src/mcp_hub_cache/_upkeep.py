@@ -15,7 +15,7 @@ from contextlib import aclosing
 from ._engine import OWNED, Engine, Session
 from ._exceptions import StoreError, StoreMisconfiguredError
 from ._frame import Kind, Mark, peek
-from ._protocols import Monitored, StoreState
+from ._protocols import StoreState
 from ._writes import Writes
 
 log = logging.getLogger("mcp_hub_cache")
@@ -122,7 +122,7 @@ class Upkeep:
         )
 
     def _state(self) -> StoreState | None:
-        return self._store.state() if isinstance(self._store, Monitored) else None
+        return None if self._engine.monitored is None else self._engine.monitored.state()
 
     async def facts(self) -> dict[str, str | int | float]:
         """What the store says of itself; empty where it can't."""

@@ -19,7 +19,7 @@ from ._engine import CHUNK, OWNED, Engine, Session, every
 from ._exceptions import StoreError, ValueTooLargeError
 from ._frame import TOKEN_SIZE, Mark, pack, patch_head
 from ._placeholders import heed
-from ._policy import Freshness, freshness, span
+from ._policy import span
 from ._protocols import Fence, Outcome, Patch, Write
 
 _TRIES: Final = 3  # for what is compared and written: others may be quicker so often
@@ -116,15 +116,14 @@ class Writes:
 
     async def put(self, session: Session, write: Write) -> Outcome:
         """Carry out a fenced write."""
-        outcome = await self._submit(session, self._write, write.key, write, len(write.frame))
-        session.l1.drop(write.key)
-        return outcome
+        return await self._submit(session, self._write, write.key, write, len(write.frame))
 
     async def _submit(self, session: Session, call: Any, key: bytes, item: Any, size: int = 0) -> Outcome:
         try:
             outcome: Outcome = await session.lines.write(call, key, item, size)
         except StoreError as error:
             outcome = error
+        session.l1.drop(key)
         if isinstance(outcome, StoreError):
             self._engine.trouble(outcome)
         return outcome
@@ -139,8 +138,7 @@ class Writes:
             held = session.placeholders.hold(key, begun) if begun.leader else None
             outcome: Outcome = "refused"
             try:
-                frame = self._engine.intact(key, begun.frame)
-                if frame is not None and freshness(frame.head, self._store.now()) is Freshness.FRESH:
+                if self._engine.fresh_frame(key, begun.frame) is not None:
                     return False
                 outcome = await self.put(session, self.framed(key, codec, payload, ttl, fence=begun.fence))
             finally:
@@ -166,7 +164,6 @@ class Writes:
             # The serving store's id: a switch of stores in between makes it refuse, and the next try finds out.
             fence = Fence(self._store.id, head.token)
             outcome = await self._submit(session, self._patch, key, Patch(key, fence, patched, until.keep(now)))
-            session.l1.drop(key)
             if outcome != "refused":
                 return outcome == "done"
         return False
