@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mappi
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
+from ._changes import Slot
 from ._exceptions import StoreError
 
 Outcome = Literal["done", "refused"] | StoreError
@@ -145,15 +146,20 @@ class Store(Protocol):
 class Coherent(Protocol):
     """A store that can say whether a key may have changed since a stamp was taken."""
 
-    def stamp(self, key: bytes, /) -> int | None:
-        """A number that is another one after *key* changed; None: can't tell now.
+    def slot(self, key: bytes, /) -> Slot | None:
+        """Where the changes of *key* are counted (``_changes``); None: can't tell now."""
+        ...
 
-        False changes are allowed, missed ones never.
-        """
+    def stamp(self, key: bytes, /) -> int | None:
+        """The stamp of that slot: another one after *key* changed. None: can't tell now."""
         ...
 
     def changed(self, key: bytes, stamp: int, /) -> Awaitable[None]:
         """Return when the stamp is another than *stamp*; may wake falsely."""
+        ...
+
+    def distrust(self) -> None:
+        """Void every stamp given so far."""
         ...
 
 

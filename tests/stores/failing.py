@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mcp_hub_cache._changes import Changes
 from mcp_hub_cache._exceptions import StoreError
 from mcp_hub_cache._frame import unpack_head
 from mcp_hub_cache._protocols import Fence, Held, Outcome, Write
@@ -27,7 +28,8 @@ class View(MemoryStore):
     def __init__(self, other: MemoryStore) -> None:
         super().__init__(clock=other.now)
         self._entries = other._entries
-        self._stamps = other._stamps
+        self._words = other._words
+        self._changes = Changes(self._words, other.now)
         self._waiters = other._waiters
 
 
@@ -36,7 +38,9 @@ class Primary(FaultyStore):
 
     def __init__(self, store: MemoryStore) -> None:
         super().__init__(store)
+        self.slot = store.slot
         self.stamp = store.stamp
+        self.distrust = store.distrust
         self.changed = store.changed
         self._memory = store
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from mcp_hub_cache._changes import Changes
 from mcp_hub_cache._protocols import Store, Write
 from mcp_hub_cache.stores.memory import MemoryStore
 from mcp_hub_cache.testing import FakeClock, StoreConformance, entry_frame
@@ -16,7 +17,8 @@ class _View(MemoryStore):
     def __init__(self, other: MemoryStore) -> None:
         super().__init__(clock=other.now)
         self._entries = other._entries
-        self._stamps = other._stamps
+        self._words = other._words
+        self._changes = Changes(self._words, other.now)
         self._waiters = other._waiters
 
 

@@ -68,7 +68,7 @@ class Keeper:
         clock: Seconds since the epoch, for ``StoreState.since``.
 
     Attributes:
-        epoch: A number that grows with every switch, failed round trip and new note.
+        on_epoch: Called with every switch, failed round trip and new note.
         on_state: Called with the old and the new state.
     """
 
@@ -83,7 +83,7 @@ class Keeper:
         journal: Journal,
         clock: Callable[[], float],
     ) -> None:
-        self.epoch = 0
+        self.on_epoch: Callable[[], None] | None = None
         self.on_state: Callable[[str, str], None] | None = None
         self._primary = primary
         self._standby = standby
@@ -141,7 +141,8 @@ class Keeper:
                 self.on_state(old.state, new)
 
     def _begin_epoch(self) -> None:
-        self.epoch += 1
+        if self.on_epoch is not None:
+            self.on_epoch()
         if (session := self._sessions.peek()) is not None:
             for future in list(session.waiters):
                 if not future.done():

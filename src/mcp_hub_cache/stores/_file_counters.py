@@ -5,7 +5,7 @@ Strategy: one small file of fixed size per namespace, mapped for reading by ever
     offset  size      field
     0       8         magic
     8       4         version, native byte order (a table of the other order is foreign)
-    12      4         generation, random: stamps of a table made anew never equal those of the one before
+    12      4         random, tells a table from the one that it was made anew for
     16      8         f64, when the last whole sweep ended, seconds since the epoch
     2048    256 * 8   i64, bytes of disk charged to each fan-out folder
     4096    65536*4   u32, a change counter for each first two bytes of a digest
@@ -28,7 +28,10 @@ import os
 import stat
 import struct
 import weakref
+from collections.abc import Callable
 from typing import Final
+
+from .._changes import Changes
 
 NAME: Final = "counters"
 SHELVES: Final = 256
@@ -53,26 +56,24 @@ class Table:
     """A namespace's table, mapped. Goes on working when the file is deleted under it; see ``inode``.
 
     Attributes:
+        changes: The counters, for near caches.
         inode: Device and inode. Held open here, so that a file of the same inode is the same file.
     """
 
-    __slots__ = ("__weakref__", "_fd", "_generation", "_map", "_refusal", "_usage", "_words", "inode")
+    __slots__ = ("__weakref__", "_clock", "_fd", "_map", "_refusal", "_usage", "_words", "changes", "inode")
 
-    def __init__(self, fd: int, mapped: mmap.mmap, inode: tuple[int, int], refusal: OSError | None) -> None:
+    def __init__(
+        self, fd: int, mapped: mmap.mmap, inode: tuple[int, int], refusal: OSError | None, clock: Callable[[], float]
+    ) -> None:
         self._fd = fd
         self._refusal = refusal
         self._map = mapped
         view = memoryview(mapped)
         self._usage = view[_USAGE_AT:_WORDS_AT].cast("q")
         self._words = view[_WORDS_AT:].cast("I")
-        self._generation = _HEADER.unpack_from(mapped)[2] << 32
+        self.changes = Changes(self._words, clock)
         self.inode = inode
         weakref.finalize(self, os.close, fd)
-
-    def stamp(self, bucket: int) -> int | None:
-        """A number that is another one after a file of *bucket* changed; None while one is being changed."""
-        word = self._words[bucket]
-        return None if word & 1 else self._generation | word
 
     def begin(self, bucket: int) -> None:
         """Say that a file of *bucket* is about to change."""
@@ -126,8 +127,12 @@ class Table:
         os.pwrite(self._fd, data, offset)
 
 
-def open_table(path: str) -> Table | None:
+def open_table(path: str, clock: Callable[[], float]) -> Table | None:
     """Map the table at *path*. None: there is none, or what is there is none and must be made anew.
+
+    Args:
+        path: The file.
+        clock: Of the entries' times; see ``Changes``.
 
     Raises:
         OSError: It is there and can't be opened.
@@ -147,7 +152,7 @@ def open_table(path: str) -> Table | None:
         if stat.S_ISREG(facts.st_mode) and facts.st_size == _SIZE:
             mapped = mmap.mmap(fd, _SIZE, mmap.MAP_SHARED, mmap.PROT_READ)
             if _HEADER.unpack_from(mapped)[:2] == (_MAGIC, _VERSION):
-                return Table(fd, mapped, (facts.st_dev, facts.st_ino), refusal)
+                return Table(fd, mapped, (facts.st_dev, facts.st_ino), refusal, clock)
             mapped.close()
     except BaseException:
         os.close(fd)

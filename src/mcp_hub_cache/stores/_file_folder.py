@@ -285,27 +285,34 @@ class Folder:
                 return table
             if not (stat.S_ISREG(facts.st_mode) and stat.S_ISDIR(os.lstat(f"{self.root}/{space}").st_mode)):
                 raise StoreMisconfiguredError(f"{path} or its folder is a link.", cure="Remove it by hand.")
-            table = _file_counters.open_table(path)
+            table = _file_counters.open_table(path, self.clock)
         except FileNotFoundError:
             table = None
         if table is None and make:
             with locked(f"{self.root}/{space}", time.monotonic() + LOCK_SECONDS) as mine:
                 if not mine:
                     raise StoreTimeoutError(f"{path} stays locked by another process.")
-                table = _file_counters.open_table(path)
+                table = _file_counters.open_table(path, self.clock)
                 if table is None:
                     temp = f"{self.root}/{space}/.{_file_counters.NAME}.tmp"
                     with suppress(FileNotFoundError):
                         os.unlink(temp)
                     write_new(temp, _file_counters.blank())
                     os.replace(temp, path)
-                    table = _file_counters.open_table(path)
-        self._tables.pop(space, None)
+                    table = _file_counters.open_table(path, self.clock)
+        self._forget(space)
         if table is not None:
             for oldest in list(self._tables)[: len(self._tables) - _MAX_TABLES + 1]:
-                if (closed := self._tables.pop(oldest, None)) is not None:
+                if (closed := self._forget(oldest)) is not None:
                     self._closed[oldest] = closed.usage()
             self._tables[space] = table
+        return table
+
+    def _forget(self, space: str) -> Table | None:
+        """Let go of the namespace's table; what is in near caches by its counters is trusted no more."""
+        table = self._tables.pop(space, None)
+        if table is not None:
+            table.changes.void()
         return table
 
     def _table_path(self, space: str) -> str:
@@ -314,6 +321,11 @@ class Folder:
     def open_table(self, space: str) -> Table | None:
         """The namespace's table if it is open: no system call."""
         return self._tables.get(space)
+
+    def distrust(self) -> None:
+        """Void all stamps taken so far."""
+        for table in list(self._tables.values()):
+            table.changes = table.changes.anew()
 
     def refresh(self) -> None:
         """Look whether the tables that are open are still those on disk, and at those of other namespaces."""
@@ -324,7 +336,7 @@ class Folder:
         for space in {*self._tables, *there}:
             if space in self._tables or len(self._tables) < _MAX_TABLES:
                 self.table(space)
-            elif (table := _file_counters.open_table(self._table_path(space))) is not None:
+            elif (table := _file_counters.open_table(self._table_path(space), self.clock)) is not None:
                 self._closed[space] = table.usage()
         for space in {*self._closed} - {*there}:
             self._closed.pop(space, None)
@@ -356,7 +368,8 @@ class Folder:
 
     def close(self) -> None:
         """Let go of the tables; the next use opens them again."""
-        self._tables.clear()
+        for space in list(self._tables):
+            self._forget(space)
         self._checked = False
         self._closed.clear()
         self._listed = 0

@@ -33,8 +33,9 @@ import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Final, TypeVar
+from typing import TypeVar
 
+from .._changes import Slot
 from .._exceptions import StoreError
 from .._protocols import Begun, Coherent, Held, Leases, Outcome, Patch, Store, StoreState, Write
 from . import next_store_id
@@ -46,8 +47,6 @@ from ._failover_relay import relay
 from ._failover_standby import Standby
 
 T = TypeVar("T")
-
-_STAMP_BITS: Final = 64
 
 
 class FailoverStore:
@@ -100,6 +99,7 @@ class FailoverStore:
             clock=clock,
         )
         self._keeper.on_state = on_state
+        self._keeper.on_epoch = self.distrust
         self._primary = Primary(primary, self._keeper, self._journal)
         self._answers_with_futures = not inspect.iscoroutinefunction(primary.get_many)
         # Looked at once: isinstance with a protocol is slow, and stamps are taken on every hit.
@@ -294,9 +294,19 @@ class FailoverStore:
 
     def stamp(self, key: bytes, /) -> int | None:
         """See ``Coherent.stamp``."""
+        slot = self.slot(key)
+        return None if slot is None else slot.stamp()
+
+    def slot(self, key: bytes, /) -> Slot | None:
+        """See ``Coherent.slot``: that of the store that serves now."""
         feed = self._feed()
-        stamp = None if feed is None else feed.stamp(key)
-        return None if stamp is None else self._keeper.epoch << _STAMP_BITS | stamp & (1 << _STAMP_BITS) - 1
+        return None if feed is None else feed.slot(key)
+
+    def distrust(self) -> None:
+        """See ``Coherent.distrust``."""
+        for feed in (self._primary_feed, self._standby_feed):
+            if feed is not None:
+                feed.distrust()
 
     def _feed(self) -> Coherent | None:
         if self._keeper.up:
@@ -306,10 +316,9 @@ class FailoverStore:
     async def changed(self, key: bytes, stamp: int, /) -> None:
         """See ``Coherent.changed``. Every new epoch wakes."""
         feed = self._feed()
-        inner = None if feed is None else feed.stamp(key)
-        if feed is None or inner is None or self.stamp(key) != stamp:
+        if feed is None or feed.stamp(key) != stamp:
             return
-        waits = [self._keeper.epoch_end(), asyncio.ensure_future(feed.changed(key, inner))]
+        waits = [self._keeper.epoch_end(), asyncio.ensure_future(feed.changed(key, stamp))]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:

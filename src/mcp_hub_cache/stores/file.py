@@ -28,6 +28,7 @@ from typing import Any, Final, TypeVar
 
 from aiofiles.os import wrap
 
+from .._changes import Slot
 from .._exceptions import StoreError
 from .._frame import HEAD_SIZE
 from .._lifetime import PerLoop
@@ -208,8 +209,8 @@ class FileStore:
 
     # Coherent and Leases
 
-    def stamp(self, key: bytes, /) -> int | None:
-        """See ``Coherent.stamp``. None before the namespace was first used here, and while the key is being changed."""
+    def slot(self, key: bytes, /) -> Slot | None:
+        """See ``Coherent.slot``. None before the namespace was first used here."""
         slot = self._slots.get(key)
         if slot is None:
             place = self._folder.place(key)
@@ -218,7 +219,12 @@ class FileStore:
                 self._slots.clear()
             self._slots[key] = slot
         table = self._folder.open_table(slot[0])
-        return None if table is None else table.stamp(slot[1])
+        return None if table is None else Slot(table.changes, slot[1])
+
+    def stamp(self, key: bytes, /) -> int | None:
+        """See ``Coherent.stamp``. None also while the key is being changed."""
+        slot = self.slot(key)
+        return None if slot is None else slot.stamp()
 
     async def changed(self, key: bytes, stamp: int, /) -> None:
         """See ``Coherent.changed``. Looks every 5 ms, and less and less often down to every 50 ms."""
@@ -226,6 +232,10 @@ class FileStore:
         while self.stamp(key) == stamp:
             await asyncio.sleep(pause)
             pause = min(pause * growth, longest)
+
+    def distrust(self) -> None:
+        """See ``Coherent.distrust``."""
+        self._folder.distrust()
 
     async def renew_many(self, held: Sequence[Held], /, *, hold: float) -> list[bool]:
         """See ``Leases.renew_many``."""

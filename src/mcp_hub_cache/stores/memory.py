@@ -3,8 +3,7 @@
 Strategy: one dict from key to (frame, dead line), guarded by nothing, since no method awaits between looking and
     acting:
 every operation is atomic on its event loop. Every method returns a finished future, so that callers pay no task.
-Expired entries go when they are met and by a sweep over a few keys with every write; the oldest go for room. Stamps
-are one counter per key-hash bucket.
+Expired entries go when they are met and by a sweep over a few keys with every write; the oldest go for room.
 
 The store outlives event loops: it holds nothing that is bound to one, except the waiters in ``changed``.
 """
@@ -19,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
 from typing import Final, TypeVar
 
+from .._changes import SLOTS, Changes, Slot
 from .._exceptions import StoreFullError
 from .._frame import HEAD_SIZE, TOKEN, TOKEN_SIZE, Kind, is_live, peek, placeholder
 from .._protocols import Begun, Fence, Held, Outcome, Patch, Write
@@ -63,7 +63,8 @@ class MemoryStore:
         self._max_bytes = max_bytes
         self._size = 0
         self._entries: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()  # least recently used first
-        self._stamps: dict[int, int] = {}
+        self._words = [0] * SLOTS
+        self._changes = Changes(self._words, self._clock)
         self._waiters: dict[int, list[asyncio.Future[None]]] = {}
 
     def now(self) -> float:
@@ -122,11 +123,12 @@ class MemoryStore:
             self.on_evict(evicted)
 
     def _bump(self, key: bytes) -> None:
-        bucket = hash(key) & 0xFFFF
-        self._stamps[bucket] = self._stamps.get(bucket, 0) + 1
-        for future in self._waiters.pop(bucket, ()):
-            if not future.done():
-                future.get_loop().call_soon_threadsafe(_wake, future)
+        bucket = hash(key) % SLOTS
+        self._words[bucket] += 2
+        if self._waiters:
+            for future in self._waiters.pop(bucket, ()):
+                if not future.done():
+                    future.get_loop().call_soon_threadsafe(_wake, future)
 
     def _holds(self, key: bytes, fence: Fence) -> bytes | None:
         """The frame under *key* if it still carries the fence's token."""
@@ -216,14 +218,22 @@ class MemoryStore:
 
     def stamp(self, key: bytes, /) -> int | None:
         """See ``Coherent.stamp``."""
-        return self._stamps.get(hash(key) & 0xFFFF, 0)
+        return self.slot(key).stamp()
+
+    def slot(self, key: bytes, /) -> Slot:
+        """See ``Coherent.slot``."""
+        return Slot(self._changes, hash(key) % SLOTS)
+
+    def distrust(self) -> None:
+        """See ``Coherent.distrust``."""
+        self._changes = self._changes.anew()
 
     async def changed(self, key: bytes, stamp: int, /) -> None:
         """See ``Coherent.changed``."""
         if self.stamp(key) != stamp:
             return
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiters = self._waiters.setdefault(hash(key) & 0xFFFF, [])
+        waiters = self._waiters.setdefault(hash(key) % SLOTS, [])
         waiters.append(future)
         try:
             await future
