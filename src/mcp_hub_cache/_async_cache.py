@@ -167,6 +167,7 @@ class AsyncCache(Protocol):
         as_type: object = Any,
         cache_if: Callable[[T], bool] | None = None,
         refresh: bool = False,
+        share: bool = False,
         label: str | None = None,
         owner: str | None = None,
         observer: Observer | None = None,
@@ -185,13 +186,15 @@ class AsyncCache(Protocol):
                 returned, not stored.
             cache_if: Called with the result; false: it is returned, not stored.
             refresh: Load even if there is a fresh value. Shares only loads whose loader was not called yet.
+            share: Every caller who says so promises not to change the value, and may be handed the same object as
+                others: hits in the near cache and joined loads then cost no decoding.
             label: What errors, logs and task names call this load; None: the key.
             owner: Marks the entry, so that ``clear(owner=…)`` finds it.
             observer: Hears of this call too.
 
         Returns:
             The value. The leader gets what *loader* returned; the others get copies of their own, unless it is
-            immutable or can't be stored.
+            immutable, shared, or can't be stored.
 
         Raises:
             CircularLoadError: This call is made inside a load that the wanted one waits for.

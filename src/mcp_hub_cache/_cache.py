@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Hashable, Iterable, Mapping
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, overload
@@ -17,8 +17,10 @@ from ._classes import NOTHING, ClassSet, as_class_set
 from ._engine import Engine
 from ._keys import KeySpace
 from ._load import Loads, Plan
+from ._near import NOT_SHARED, Near
 from ._policy import seconds
 from ._protocols import Evicting, Observer, Store, StoreState, Switching
+from ._shortcut import Shortcut
 from ._stats import CacheStatus, Counters, Stats
 from ._upkeep import Upkeep
 from ._writes import Writes
@@ -68,6 +70,10 @@ class Cache(AsyncCache):
         self._max_key_length = _whole(max_key_length, "max_key_length", least=1, most=_MAX_KEY_LENGTH)
         self._space = KeySpace(prefix, namespace)
         self._counters = Counters()
+        # A shortcut tells no observer.
+        self._has_shortcuts = observer is None
+        self._names = Shortcut()
+        self.adopt(self._names)
         self._engine = Engine(
             store,
             timeout=seconds(timeout, "timeout"),
@@ -102,6 +108,29 @@ class Cache(AsyncCache):
         """What was counted since the cache was made, over all its namespaces. Costs nothing."""
         return self._counters.snapshot()
 
+    def adopt(self, shortcut: Shortcut) -> bool:
+        """Count the hits that are had by *shortcut*; False: there are to be none, since an observer must hear all."""
+        if self._has_shortcuts:
+            self._counters.listen(shortcut)
+        return self._has_shortcuts
+
+    def abandon(self, shortcut: Shortcut) -> None:
+        """Keep what *shortcut* has counted, and count it no more."""
+        self._counters.leave(shortcut)
+
+    def alias(self, key: str, shortcut: Shortcut, name: Hashable, *, share: ClassSet | None = None) -> None:
+        """Let *shortcut* lead from *name* to the entry under *key*, if L1 holds it and it is in use.
+
+        Args:
+            key: As in ``get``.
+            shortcut: One that was adopted.
+            name: What stands for *key* in it.
+            share: Set where it hands out one object for all: the classes that it is made with.
+        """
+        near = self._engine.near(self._key(key))
+        if near is not None and (share is None or near.share(share) is near.shared):
+            near.alias(shortcut.table, name)
+
     def _key(self, key: str) -> bytes:
         return self._space.entry(key, self._max_key_length)
 
@@ -118,8 +147,21 @@ class Cache(AsyncCache):
     async def get(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, key: str, default: object = None, *, as_type: object = Any
     ) -> Any:
+        names = self._names
+        near: Near | None = names.table.get(key) if type(key) is str else None
+        if near is not None and near.holds():
+            value = near.value if near.value is not NOT_SHARED else near.read(_classes(as_type))
+            if value is not NOT_SHARED:
+                near.visited = True
+                names.hits += 1
+                names.saved += near.cost
+                return value
         hit = await self._engine.read(self._key(key), _classes(as_type))
-        return default if hit is None else hit.value
+        if hit is None:
+            return default
+        if hit.tier == "l1" and self._has_shortcuts:
+            self.alias(key, names, key)
+        return hit.value
 
     async def get_many(self, keys: Iterable[str], *, as_type: object = Any) -> dict[str, Any]:
         names = {self._key(key): key for key in _several(keys)}
@@ -175,6 +217,7 @@ class Cache(AsyncCache):
         as_type: object = Any,
         cache_if: Callable[[T], bool] | None = None,
         refresh: bool = False,
+        share: bool = False,
         label: str | None = None,
         owner: str | None = None,
         observer: Observer | None = None,
@@ -187,6 +230,7 @@ class Cache(AsyncCache):
             classes=_classes(as_type),
             cache_if=cache_if,
             refresh=refresh,
+            share=share,
             owner=None if owner is None else _owner(owner),
             observers=observers if observer is None else (*observers, observer),
         )
@@ -215,6 +259,8 @@ class Cache(AsyncCache):
     def with_namespace(self, namespace: str) -> Cache:
         view = copy.copy(self)
         view._space = KeySpace(self._space.prefix, namespace)
+        view._names = Shortcut()
+        view.adopt(view._names)
         return view
 
     async def health_check(self) -> bool:

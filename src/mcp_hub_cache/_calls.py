@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,9 +23,11 @@ from typing import Any, Final
 
 from ._async_cache import MISSING, AsyncCache
 from ._bind import bind, bound_names, template
+from ._cache import Cache
 from ._classes import ClassSet, return_annotation
 from ._identity import identify, own_key
 from ._keys import KeySpace, argument_bytes, digest, function_name, namer
+from ._shortcut import Shortcut, generate, name_of
 from ._stats import Counters
 
 log = logging.getLogger("mcp_hub_cache")
@@ -48,6 +51,7 @@ class Options:
     scope: Scope | None
     version: str | int | None
     cache_if: Callable[[Any], bool] | None
+    share: bool
 
     def check(self) -> None:
         """Raise ``TypeError`` or ``ValueError`` for what can't be."""
@@ -90,6 +94,9 @@ class Calls:
         self._makes_cache = not isinstance(options.cache, AsyncCache)  # asked once: it is slow
         self._parameters = bound_names(func, ignore=options.ignore, skip_first=is_method)
         self._bind = bind(func, ignore=options.ignore, skip_first=is_method)
+        self._shortcut = Shortcut()
+        self._count_no_more: weakref.finalize[Any, Any] | None = None
+        self.counters.listen(self._shortcut)
         self._template: Callable[..., str] | None = None
         if isinstance(options.key, str):
             self._template = template(options.key, func, skip_first=is_method)
@@ -139,12 +146,59 @@ class Calls:
             cache: AsyncCache = await default_cache()
         else:
             cache = given() if self._makes_cache else given
+        if cache is not self._shortcut.cache:
+            self._lead_to(cache)
         if self.options.namespace is None:
             return cache
         view = self._views.get(id(cache))
         if view is None or view[0] is not cache:
             view = self._views[id(cache)] = (cache, cache.with_namespace(self.options.namespace))
         return view[1]
+
+    # The shortcut
+
+    def shortcut(self) -> Callable[..., Any] | None:
+        """A wrapper that takes the shortcut to the near cache (``_shortcut``); None: there is none."""
+        options = self.options
+        scope = options.scope if isinstance(options.scope, ContextVar) else None
+        asks_more = self.is_method or callable(options.key) or callable(options.scope)
+        if asks_more or (self._makes_cache and options.cache is not None):
+            return None
+        return generate(
+            self.func,
+            self._call_by_name,
+            self._shortcut,
+            ignore=options.ignore,
+            scope=scope,
+            classes=lambda: self.classes,
+            share=options.share,
+            default=options.cache is None,
+        )
+
+    def _lead_to(self, cache: AsyncCache) -> None:
+        """Let the shortcut lead to *cache*, and no longer to another."""
+        self._shortcut.table.clear()
+        if self._count_no_more is not None:
+            self._count_no_more()
+            self._count_no_more = None
+        self._shortcut.cache = cache
+        if isinstance(cache, Cache) and cache.adopt(self._shortcut):
+            # Functions come and go; what they have counted is kept, and nothing else of them.
+            self._count_no_more = weakref.finalize(self, cache.abandon, self._shortcut)
+            self._count_no_more.atexit = False
+
+    async def _call_by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The full path, by which the shortcut is found."""
+        value = await self.call(args, kwargs)
+        if self._count_no_more is not None:
+            scope = self.options.scope
+            values = self._bind(*args, **kwargs)
+            name = name_of((scope.get(None), *values) if isinstance(scope, ContextVar) else values)
+            cache: AsyncCache = await self.cache()
+            if name is not None and isinstance(cache, Cache):
+                share = self.classes if self.options.share else None
+                cache.alias(self.key(args, kwargs), self._shortcut, name, share=share)
+        return value
 
     # Keys
 
@@ -222,6 +276,7 @@ class Calls:
             as_type=self.classes,
             cache_if=self.options.cache_if,
             refresh=refresh,
+            share=self.options.share,
             label=self.readable,
             owner=self.identity if self.options.key is not None else None,
             observer=self.counters,

@@ -41,6 +41,7 @@ class Plan(NamedTuple):
         classes: What may be revived.
         cache_if: Whether a result is to be stored; None: always.
         refresh: Load even if there is something fresh.
+        share: The caller takes an object that others have, too.
         owner: 16 bytes that mark the entry as belonging to a function.
         observers: Who hears of it.
     """
@@ -51,6 +52,7 @@ class Plan(NamedTuple):
     classes: ClassSet
     cache_if: Callable[[Any], bool] | None
     refresh: bool
+    share: bool
     owner: bytes | None
     observers: tuple[Observer, ...]
 
@@ -83,11 +85,13 @@ class Loads:
         heard = plan.observers
         reachable = True
         if not plan.refresh and not session.flights.can_join(key):
-            hit, reachable = await self._engine.look_up(session, key, plan.classes)
+            hit, reachable = await self._engine.look_up(session, key, plan.classes, share=plan.share)
             if hit is not None:
                 tell_read(hit, heard)
                 return hit.value
-        if not plan.refresh:
+        if plan.refresh:
+            session.l1.drop(key)  # who comes meanwhile joins, whichever way he comes
+        else:
             tell_read(None, heard)
         work = partial(self._fly, session, key, loader, plan, reachable)
         landed, leads = await session.flights.run(key, plan.name, work, anew=plan.refresh, group=plan.owner)
@@ -96,7 +100,7 @@ class Loads:
         for observer in heard:
             observer.coalesced()
             observer.saved(landed.cost)
-        return landed.copy()
+        return landed.value if plan.share else landed.copy()
 
     async def _fly(  # noqa: PLR0917  # a partial makes it, in one place
         self, session: Session, key: bytes, loader: Loader[Any], plan: Plan, reachable: bool, flight: Flight

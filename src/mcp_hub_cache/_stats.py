@@ -11,12 +11,27 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 
+class Tap:
+    """Hits that are counted where they happen, without a call.
+
+    Attributes:
+        hits: How many.
+        saved: Seconds of loading that they spared.
+    """
+
+    __slots__ = ("__weakref__", "hits", "saved")
+
+    def __init__(self) -> None:
+        self.hits = 0
+        self.saved = 0.0
+
+
 class Counters:
     """The ``Observer`` that is always there."""
 
     __slots__ = (
-        "_coalesced", "_errors", "_evictions", "_hits", "_load_errors", "_load_seconds", "_loads", "_misses",
-        "_saved_seconds", "_stale_hits",
+        "__weakref__", "_coalesced", "_errors", "_evictions", "_hits", "_load_errors", "_load_seconds", "_loads",
+        "_misses", "_saved_seconds", "_stale_hits", "_taps",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -30,6 +45,18 @@ class Counters:
         self._saved_seconds = 0.0
         self._evictions = 0
         self._errors: Counter[str] = Counter()
+        self._taps: dict[Tap, tuple[int, float]] = {}  # with what they had counted before
+
+    def listen(self, tap: Tap) -> None:
+        """Count the L1 hits that *tap* counts from now on."""
+        self._taps.setdefault(tap, (tap.hits, tap.saved))
+
+    def leave(self, tap: Tap) -> None:
+        """Keep what *tap* has counted, and listen no more."""
+        hits, saved = self._taps.pop(tap, (tap.hits, tap.saved))
+        if tap.hits != hits:
+            self._hits["l1"] = self._hits.get("l1", 0) + tap.hits - hits
+            self._saved_seconds += tap.saved - saved
 
     def hit(self, tier: str, /) -> None:
         """See ``Observer``; so for all that follow."""
@@ -70,6 +97,9 @@ class Counters:
 
     def snapshot(self) -> Stats:
         """Return the figures as they are now."""
+        for tap in list(self._taps):
+            self.leave(tap)
+            self.listen(tap)
         return Stats(
             hits=sum(self._hits.values()),
             misses=self._misses,
