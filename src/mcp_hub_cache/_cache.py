@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import AsyncGenerator, Callable, Hashable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Hashable, Iterable, Mapping
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, overload
@@ -15,6 +15,7 @@ from typing import Any, Final, Self, TypeVar, overload
 from ._async_cache import AsyncCache, Entry, Loader, Seconds
 from ._classes import NOTHING, ClassSet, as_class_set
 from ._engine import Engine
+from ._flight import Flight
 from ._keys import KeySpace
 from ._load import Loads, Plan
 from ._near import NOT_SHARED, Near
@@ -118,19 +119,6 @@ class Cache(AsyncCache):
         """Keep what *shortcut* has counted, and count it no more."""
         self._counters.leave(shortcut)
 
-    def alias(self, key: str, shortcut: Shortcut, name: Hashable, *, share: ClassSet | None = None) -> None:
-        """Let *shortcut* lead from *name* to the entry under *key*, if L1 holds it and it is in use.
-
-        Args:
-            key: As in ``get``.
-            shortcut: One that was adopted.
-            name: What stands for *key* in it.
-            share: Set where it hands out one object for all: the classes that it is made with.
-        """
-        near = self._engine.near(self._key(key))
-        if near is not None and (share is None or near.share(share) is near.shared):
-            near.alias(shortcut.table, name)
-
     def _key(self, key: str) -> bytes:
         return self._space.entry(key, self._max_key_length)
 
@@ -159,8 +147,8 @@ class Cache(AsyncCache):
         hit = await self._engine.read(self._key(key), _classes(as_type))
         if hit is None:
             return default
-        if hit.tier == "l1" and self._has_shortcuts:
-            self.alias(key, names, key)
+        if hit.near is not None and self._has_shortcuts:
+            hit.near.alias(names.table, key)
         return hit.value
 
     async def get_many(self, keys: Iterable[str], *, as_type: object = Any) -> dict[str, Any]:
@@ -222,10 +210,38 @@ class Cache(AsyncCache):
         owner: str | None = None,
         observer: Observer | None = None,
     ) -> T:
-        observers = self._engine.observers
-        plan = Plan(
+        plan = self.plan(
             name=label if label is not None else repr(key)[:80],
             label=label if label is not None else "a get_or_load",
+            ttl=ttl,
+            as_type=as_type,
+            cache_if=cache_if,
+            refresh=refresh,
+            share=share,
+            owner=owner,
+            observer=observer,
+        )
+        return await self.load(key, loader, plan)
+
+    def plan(
+        self,
+        *,
+        name: str,
+        label: str,
+        ttl: Seconds | None,
+        as_type: object,
+        cache_if: Callable[[Any], bool] | None,
+        refresh: bool,
+        share: bool,
+        owner: str | None,
+        observer: Observer | None,
+        shortcut: Shortcut | None = None,
+    ) -> Plan:
+        """Return checked options for ``load``: for who uses the same ones again and again. See ``get_or_load``."""
+        observers = self._engine.observers
+        return Plan(
+            name=name,
+            label=label,
             ttl=self._ttl(ttl),
             classes=_classes(as_type),
             cache_if=cache_if,
@@ -233,9 +249,16 @@ class Cache(AsyncCache):
             share=share,
             owner=None if owner is None else _owner(owner),
             observers=observers if observer is None else (*observers, observer),
+            shortcut=shortcut,
         )
-        value: T = await self._loads.load(self._key(key), loader, plan)
-        return value
+
+    def load(self, key: str, loader: Loader[T], plan: Plan, name: Hashable = None) -> Coroutine[Any, Any, T]:
+        """``get_or_load`` by a plan. *name* stands for *key* in the plan's shortcut; None: nothing does."""
+        return self._loads.load(self._key(key), loader, plan, name)
+
+    def join(self, flight: Flight, plan: Plan) -> Coroutine[Any, Any, Any] | None:
+        """Return what waits for *flight*, found by a shortcut; None: it is another event loop's."""
+        return self._loads.join(flight, plan) if self._loads.is_here(flight) else None
 
     async def keys(self, prefix: str = "") -> AsyncGenerator[str, None]:
         async with aclosing(self._upkeep.scan(self._entries(prefix))) as keys:

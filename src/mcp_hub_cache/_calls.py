@@ -16,10 +16,10 @@ import functools
 import inspect
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ._async_cache import MISSING, AsyncCache
 from ._bind import bind, bound_names, template
@@ -27,11 +27,13 @@ from ._cache import Cache
 from ._classes import ClassSet, return_annotation
 from ._identity import identify, own_key
 from ._keys import KeySpace, argument_bytes, digest, function_name, namer
+from ._load import Plan
 from ._shortcut import Shortcut, generate, name_of
 from ._stats import Counters
 
 log = logging.getLogger("mcp_hub_cache")
 
+_UNSET: Final = object()
 Scope = str | int | ContextVar[Any] | Callable[..., object]
 HOW_TO_IDENTIFY: Final = (
     "say how its instances are identified: give it a `__cache_key__` attribute, property or method whose value tells "
@@ -73,6 +75,14 @@ class Options:
             raise TypeError("cache_if must be a plain function: nothing is awaited for its answer")
 
 
+class _Plans(NamedTuple):
+    """How a function is called through a cache of ours."""
+
+    cache: Cache
+    load: Plan
+    refresh: Plan
+
+
 class _Uncached(Exception):  # noqa: N818  # control flow within this module
     """This call has no key."""
 
@@ -96,6 +106,7 @@ class Calls:
         self._bind = bind(func, ignore=options.ignore, skip_first=is_method)
         self._shortcut = Shortcut()
         self._count_no_more: weakref.finalize[Any, Any] | None = None
+        self._plans: _Plans | None = None
         self.counters.listen(self._shortcut)
         self._template: Callable[..., str] | None = None
         if isinstance(options.key, str):
@@ -148,6 +159,9 @@ class Calls:
             cache = given() if self._makes_cache else given
         if cache is not self._shortcut.cache:
             self._lead_to(cache)
+        return self._view(cache)
+
+    def _view(self, cache: AsyncCache) -> AsyncCache:
         if self.options.namespace is None:
             return cache
         view = self._views.get(id(cache))
@@ -177,28 +191,47 @@ class Calls:
 
     def _lead_to(self, cache: AsyncCache) -> None:
         """Let the shortcut lead to *cache*, and no longer to another."""
-        self._shortcut.table.clear()
+        self._shortcut.lead_to(cache)
         if self._count_no_more is not None:
             self._count_no_more()
             self._count_no_more = None
-        self._shortcut.cache = cache
-        if isinstance(cache, Cache) and cache.adopt(self._shortcut):
+        self._plans = None
+        if not isinstance(cache, Cache):
+            return
+        view = self._view(cache)
+        assert isinstance(view, Cache)
+        if counted := cache.adopt(self._shortcut):
             # Functions come and go; what they have counted is kept, and nothing else of them.
             self._count_no_more = weakref.finalize(self, cache.abandon, self._shortcut)
             self._count_no_more.atexit = False
+        make = functools.partial(
+            view.plan,
+            name=self.readable,
+            label=self.readable,
+            ttl=self.options.ttl,
+            as_type=self.classes,
+            cache_if=self.options.cache_if,
+            share=self.options.share,
+            owner=self._owner,
+            observer=self.counters,
+        )
+        self._plans = _Plans(
+            view, make(refresh=False, shortcut=self._shortcut if counted else None), make(refresh=True)
+        )
 
     async def _call_by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The full path, by which the shortcut is found."""
-        value = await self.call(args, kwargs)
-        if self._count_no_more is not None:
-            scope = self.options.scope
-            values = self._bind(*args, **kwargs)
-            name = name_of((scope.get(None), *values) if isinstance(scope, ContextVar) else values)
-            cache: AsyncCache = await self.cache()
-            if name is not None and isinstance(cache, Cache):
-                share = self.classes if self.options.share else None
-                cache.alias(self.key(args, kwargs), self._shortcut, name, share=share)
-        return value
+        """The full path, by which shortcuts are found."""
+        await self.cache()
+        if (plans := self._plans) is None:
+            return await self.call(args, kwargs)
+        values = self._bind(*args, **kwargs)
+        scope = self.options.scope
+        name = name_of((scope.get(_UNSET), *values) if isinstance(scope, ContextVar) else values)
+        if name is not None and (flight := self._shortcut.flights.get(name)) is not None:
+            joined = plans.cache.join(flight, plans.load)
+            if joined is not None:
+                return await joined
+        return await self.call(args, kwargs, name=name)
 
     # Keys
 
@@ -261,26 +294,35 @@ class Calls:
 
     # Calls
 
-    async def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, refresh: bool = False) -> Any:
-        """The cached call."""
+    async def call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, refresh: bool = False, name: Hashable = None
+    ) -> Any:
+        """The cached call. *name* stands for its arguments in the shortcut; None: nothing does."""
         try:
             key = self.key(args, kwargs)
         except _Uncached as reason:
             self._said_uncached(reason)
             return await self.func(*args, **kwargs)
         cache = await self.cache()
+        loader = functools.partial(self.func, *args, **kwargs)
+        if (plans := self._plans) is not None:
+            return await plans.cache.load(key, loader, plans.refresh if refresh else plans.load, name)
         return await cache.get_or_load(
             key,
-            functools.partial(self.func, *args, **kwargs),
+            loader,
             ttl=self.options.ttl,
             as_type=self.classes,
             cache_if=self.options.cache_if,
             refresh=refresh,
             share=self.options.share,
             label=self.readable,
-            owner=self.identity if self.options.key is not None else None,
+            owner=self._owner,
             observer=self.counters,
         )
+
+    @property
+    def _owner(self) -> str | None:
+        return self.identity if self.options.key is not None else None
 
     async def invalidate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Remove the entry of a call."""

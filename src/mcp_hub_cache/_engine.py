@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from ._classes import ClassSet
 from ._codec import DecodeError, decode
+from ._direct import Direct
 from ._exceptions import StoreError
 from ._flight import Flights
 from ._frame import Frame, FrameError, Head, Kind, unpack, unpack_head
@@ -46,6 +47,7 @@ class Hit(NamedTuple):
     value: Any
     head: Head
     tier: str
+    near: Near | None = None  # of L1
 
 
 class Session:
@@ -53,9 +55,11 @@ class Session:
 
     __slots__ = ("flights", "l1", "lines", "placeholders", "tasks")
 
-    def __init__(self, lines: Lines, l1: L1[Near], placeholders: Placeholders) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, lines: Lines | Direct, l1: L1[Near], placeholders: Placeholders
+    ) -> None:
         self.lines = lines
-        self.flights = Flights()
+        self.flights = Flights(loop)
         self.l1 = l1
         self.placeholders = placeholders
         self.tasks: set[asyncio.Task[Any]] = set()
@@ -67,7 +71,7 @@ class Session:
 
     async def drop_prefix(self, prefix: bytes) -> None:
         """Drop every key that begins with *prefix* from L1, in slices."""
-        keys = self.l1.keys()
+        keys = self.l1.snapshot()
         for start in range(0, len(keys), _SLICE):
             for key in keys[start : start + _SLICE]:
                 if key.startswith(prefix):
@@ -109,8 +113,12 @@ class Engine:
         self._get_groups = self._ask_groups
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> Session:
-        lines = Lines(loop, self.store.lane, deadline=self.timeout)
-        return Session(lines, L1(*self._l1_size), Placeholders(self.store, lines, self.trouble))
+        lines: Lines | Direct
+        if "immediate" in vars(type(self.store)):  # of the class itself: one derived from it may do otherwise
+            lines = Direct(loop)
+        else:
+            lines = Lines(loop, self.store.lane, deadline=self.timeout)
+        return Session(loop, lines, L1(*self._l1_size), Placeholders(self.store, lines, self.trouble))
 
     async def _close(self, session: Session) -> None:
         await session.placeholders.aclose()
@@ -161,12 +169,6 @@ class Engine:
             return None, False
         return self.accept(session, key, data, classes, near), True
 
-    def near(self, key: bytes) -> Near | None:
-        """What L1 holds under *key*, if it was used more than once."""
-        session = self._sessions.peek() if self._slot is not None else None
-        near = None if session is None else session.l1.peek(key)
-        return near if near is not None and near.visited else None
-
     def _hit_near(self, session: Session, key: bytes, classes: ClassSet, *, share: bool = False) -> Hit | None:
         near = session.l1.get(key)
         if near is None:
@@ -174,7 +176,7 @@ class Engine:
         if near.holds():
             value = near.share(classes) if share else near.read(classes)
             if value is not NOT_SHARED:
-                return Hit(value, near.head, "l1")
+                return Hit(value, near.head, "l1", near)
         session.l1.drop(key)
         return None
 

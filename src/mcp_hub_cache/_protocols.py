@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from ._changes import Slot
 from ._exceptions import StoreError
@@ -161,6 +161,16 @@ class Coherent(Protocol):
     def distrust(self) -> None:
         """Void every stamp given so far."""
         ...
+
+
+@runtime_checkable
+class Immediate(Protocol):
+    """A store whose calls are over when they return, with a future that is done: batching would gain nothing.
+
+    Said by the class itself; it does not hold for classes derived from it unless they say so, too.
+    """
+
+    immediate: ClassVar[Literal[True]]
 
 
 @runtime_checkable

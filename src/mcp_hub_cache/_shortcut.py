@@ -1,4 +1,4 @@
-"""Shortcuts: the way of a hit, from a call's arguments to an entry of the near cache, with next to nothing in between.
+"""Shortcuts: from a call's arguments to an entry of the near cache, with next to nothing in between.
 
 Strategy: a decorated function has a table from its arguments to entries of L1 (aliases, see ``_l1``), and a wrapper
 that is generated with the function's own signature. Python binds the arguments; one look into the table by their types
@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from ._bind import define, parameters_of
 from ._classes import ClassSet
+from ._flight import Flight
 from ._near import NOT_SHARED, Near
 from ._stats import Tap
 
@@ -33,16 +34,29 @@ class Shortcut(Tap):
     """A table from names to entries of L1, and the hits that were had by it.
 
     Attributes:
-        table: The aliases.
+        table: The aliases of entries.
+        flights: Those of loads in progress.
         cache: Whose entries they are; None: nobody's yet.
     """
 
-    __slots__ = ("cache", "table")
+    __slots__ = ("cache", "flights", "table")
 
     def __init__(self) -> None:
         super().__init__()
         self.table: dict[Hashable, Near] = {}
+        self.flights: dict[Hashable, Flight] = {}
         self.cache: object = None
+
+    def lead_to(self, cache: object) -> None:
+        """Start anew, with the entries of *cache*."""
+        self.table.clear()
+        self.flights.clear()
+        self.cache = cache
+
+    def add(self, name: Hashable, near: Near, classes: ClassSet, *, share: bool) -> None:
+        """Let *name* lead to *near*. *share*: one object for all will be handed out, made with *classes*."""
+        if not share or near.share(classes) is near.shared:
+            near.alias(self.table, name)
 
 
 class Current:

@@ -16,7 +16,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
-from typing import Final, TypeVar
+from typing import ClassVar, Final, Literal, TypeVar
 
 from .._changes import SLOTS, Changes, Slot
 from .._exceptions import StoreFullError
@@ -46,6 +46,7 @@ class MemoryStore:
     """
 
     name = "memory"
+    immediate: ClassVar[Literal[True]] = True
 
     def __init__(
         self,
