@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from ._changes import Changes
 from ._classes import ClassSet
-from ._codec import DecodeError, decode, is_immutable
+from ._codec import RICH, DecodeError, decode, is_immutable
 from ._frame import Frame, Head
 from ._l1 import Node
 
@@ -83,5 +83,6 @@ class Near(Node):
     def share(self, classes: ClassSet) -> Any:
         """The one object for all who promised not to write; ``NOT_SHARED``: as in ``read``."""
         if self.shared is NOT_SHARED:
-            self.shared, self._shared_for = self.read(classes), classes
+            self.shared = self.read(classes)
+            self._shared_for = classes if self.head.codec == RICH else None  # of the rest, classes are no part
         return self.shared if self._shared_for is None or self._shared_for == classes else self.read(classes)
