@@ -14,7 +14,6 @@ Rules for stores:
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from ._changes import Slot
@@ -23,8 +22,7 @@ from ._exceptions import StoreError
 Outcome = Literal["done", "refused"] | StoreError
 
 
-@dataclass(frozen=True, slots=True)
-class Fence:
+class Fence(NamedTuple):
     """What a load saw when it began. Its write is refused where the stored token is another one by then.
 
     Attributes:
