@@ -38,11 +38,12 @@ from enum import IntEnum
 from typing import Final, NamedTuple
 from zlib import crc32
 
+from ._tokens import TOKEN_SIZE
+
 MAGIC: Final = b"\x89MHC"
 VERSION: Final = 1
 HEAD_SIZE: Final = 64
 TOKEN: Final = slice(8, 16)
-TOKEN_SIZE: Final = 8
 MAX_KEY_BYTES: Final = 0xFFFF
 MAX_MARKS: Final = 0xFFFF
 
