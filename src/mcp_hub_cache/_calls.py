@@ -17,8 +17,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ._async_cache import MISSING, AsyncCache
 from ._bind import bind, bound_names, template
@@ -36,8 +35,7 @@ HOW_TO_IDENTIFY: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class Options(NamedTuple):
     """What ``acached`` was given; see there."""
 
     ttl: float | None

@@ -13,11 +13,11 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
+from ._blake import blake2b
 from ._classes import ClassSet
 from ._codec import DecodeError, decode, is_immutable
 from ._exceptions import StoreError
@@ -266,7 +266,7 @@ class Engine:
 
     def _damaged(self, key: bytes, reason: str, error: Exception) -> None:
         self._tell_all(lambda observer: observer.error(reason))
-        digest = hashlib.blake2b(key, digest_size=8).hexdigest()
+        digest = blake2b(key, digest_size=8).hexdigest()
         hint = f" ({error}; was it stored with another as_type?)" if isinstance(error, DecodeError) else ""
         self.warn_once(f"{digest} {reason}", f"entry with key digest {digest} is {reason}{hint}; treated as a miss")
 

@@ -14,17 +14,17 @@ Rules for stores:
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
-from ._changes import Slot
 from ._exceptions import StoreError
+
+if TYPE_CHECKING:
+    from ._changes import Slot
 
 Outcome = Literal["done", "refused"] | StoreError
 
 
-@dataclass(frozen=True, slots=True)
-class Fence:
+class Fence(NamedTuple):
     """What a load saw when it began. Its write is refused where the stored token is another one by then.
 
     Attributes:
