@@ -15,13 +15,15 @@ import inspect
 import sys
 from collections.abc import Callable, Coroutine, Iterable
 from types import FrameType
-from typing import Any, Concatenate, Final, ParamSpec, Protocol, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Protocol, Self, TypeVar, overload
 
 from ._async_cache import AsyncCache, MissingType, Seconds
 from ._bind import parameters_of
 from ._calls import HOW_TO_IDENTIFY, Calls, Options, Scope
 from ._policy import seconds
-from ._stats import Stats
+
+if TYPE_CHECKING:
+    from ._answers import Stats
 
 P = ParamSpec("P")
 P2 = ParamSpec("P2")

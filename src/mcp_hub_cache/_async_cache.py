@@ -6,16 +6,14 @@ The docstrings here are the contract; ``Cache`` inherits them.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, Self, TypeVar, overload, runtime_checkable
-
-from ._protocols import Observer
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self, TypeVar, overload, runtime_checkable
 
 if TYPE_CHECKING:
-    from ._stats import CacheStatus
+    from ._answers import CacheStatus, Entry
+    from ._protocols import Observer
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -43,27 +41,6 @@ class MissingType(Enum):
 
 MISSING: Final = MissingType.MISSING
 """Says "nothing is there" where None is a value: pass it as ``default`` to tell a cached None from a miss."""
-
-
-@dataclass(frozen=True, slots=True)
-class Entry(Generic[T]):
-    """A cached value with what is known of it. Times are seconds since the epoch on the store's clock.
-
-    Attributes:
-        value: The value; a copy of the caller's own.
-        created: When it was stored.
-        fresh_until: When it stops being fresh; ``math.inf``: never.
-        keep_until: When the store may drop it; ``math.inf``: never.
-        load_cost: Seconds its load took; 0: not loaded, or unknown.
-        tier: Where it was found: l1, or the store's name.
-    """
-
-    value: T
-    created: float
-    fresh_until: float
-    keep_until: float
-    load_cost: float
-    tier: str
 
 
 @runtime_checkable

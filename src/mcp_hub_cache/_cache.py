@@ -6,25 +6,29 @@ Docstrings stand once, on the protocol ``AsyncCache``, and are inherited.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import AsyncGenerator, Callable, Coroutine, Hashable, Iterable, Mapping
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
 
-from ._async_cache import AsyncCache, Entry, Loader, Seconds
+from ._async_cache import AsyncCache, Loader, Seconds
+from ._blake import blake2b
 from ._classes import NOTHING, ClassSet, as_class_set
 from ._engine import Engine
 from ._flight import Flight
 from ._keys import KeySpace
+from ._l1 import NOT_SHARED
 from ._load import Loads, Plan
-from ._near import NOT_SHARED, Near
+from ._near import Near
 from ._policy import seconds
 from ._protocols import Evicting, Observer, Store, StoreState, Switching
 from ._shortcut import Shortcut
-from ._stats import CacheStatus, Counters, Stats
+from ._stats import Counters
 from ._upkeep import Upkeep
 from ._writes import Writes
+
+if TYPE_CHECKING:
+    from ._answers import CacheStatus, Entry, Stats
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -160,6 +164,8 @@ class Cache(AsyncCache):
         hit = await self._engine.read(self._key(key), _classes(as_type))
         if hit is None:
             return None
+        from ._answers import Entry  # noqa: PLC0415  # see there
+
         head = hit.head
         return Entry(hit.value, head.created, head.fresh_until, head.keep_until, head.cost, hit.tier)
 
@@ -290,6 +296,8 @@ class Cache(AsyncCache):
         return (await self._upkeep.ping()).state == "healthy"
 
     async def status(self) -> CacheStatus:
+        from ._answers import CacheStatus  # noqa: PLC0415  # see there
+
         state: StoreState = await self._upkeep.ping()
         facts = await self._upkeep.facts()
         if state.state in ("healthy", "degraded"):
@@ -336,7 +344,7 @@ def _several(keys: Iterable[str]) -> Iterable[str]:
 
 
 def _owner(owner: str) -> bytes:
-    return hashlib.blake2b(owner.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return blake2b(owner.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _whole(value: int, what: str, *, least: int = 0, most: int | None = None) -> int:

@@ -18,18 +18,19 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ._async_cache import MISSING, AsyncCache
 from ._bind import bind, bound_names, template
-from ._cache import Cache
 from ._classes import ClassSet, return_annotation
 from ._identity import identify, own_key
 from ._keys import KeySpace, argument_bytes, digest, function_name, namer
-from ._load import Plan
 from ._shortcut import Shortcut, generate, name_of
 from ._stats import Counters
+
+if TYPE_CHECKING:
+    from ._cache import Cache
+    from ._load import Plan
 
 log = logging.getLogger("mcp_hub_cache")
 
@@ -41,8 +42,7 @@ HOW_TO_IDENTIFY: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class Options(NamedTuple):
     """What ``acached`` was given; see there."""
 
     ttl: float | None
@@ -196,6 +196,8 @@ class Calls:
             self._count_no_more()
             self._count_no_more = None
         self._plans = None
+        from ._cache import Cache  # noqa: PLC0415  # decorating needs no engine, calling does
+
         if not isinstance(cache, Cache):
             return
         view = self._view(cache)

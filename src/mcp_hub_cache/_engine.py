@@ -13,21 +13,21 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
+from ._blake import blake2b
 from ._classes import ClassSet
 from ._codec import DecodeError, decode
 from ._direct import Direct
 from ._exceptions import StoreError
 from ._flight import Flights
 from ._frame import Frame, FrameError, Head, Kind, unpack, unpack_head
-from ._l1 import L1
+from ._l1 import L1, NOT_SHARED
 from ._lifetime import PerLoop
 from ._lines import Lines
-from ._near import NOT_SHARED, Near
+from ._near import Near
 from ._placeholders import Placeholders
 from ._policy import Freshness, freshness
 from ._protocols import Coherent, Monitored, Observer, Store
@@ -292,7 +292,7 @@ class Engine:
 
     def _damaged(self, key: bytes, reason: str, error: Exception) -> None:
         self._tell_all(lambda observer: observer.error(reason))
-        digest = hashlib.blake2b(key, digest_size=8).hexdigest()
+        digest = blake2b(key, digest_size=8).hexdigest()
         hint = f" ({error}; was it stored with another as_type?)" if isinstance(error, DecodeError) else ""
         self.warn_once(f"{digest} {reason}", f"entry with key digest {digest} is {reason}{hint}; treated as a miss")
 

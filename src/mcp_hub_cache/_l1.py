@@ -13,7 +13,10 @@ It knows nothing of freshness and coherence: who takes an entry asks the entry f
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
+
+NOT_SHARED: Final = object()
+"""In place of an entry's value: there is none that may be handed to many."""
 
 
 class Node:

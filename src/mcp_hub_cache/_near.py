@@ -13,16 +13,13 @@ Rules:
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from typing import Any
 
 from ._changes import Changes
 from ._classes import ClassSet
 from ._codec import RICH, DecodeError, decode, is_immutable
 from ._frame import Frame, Head
-from ._l1 import Node
-
-NOT_SHARED: Final = object()
-"""As a value: it must be decoded anew, or can't be."""
+from ._l1 import NOT_SHARED, Node
 
 
 class Near(Node):

@@ -10,7 +10,6 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 from weakref import WeakKeyDictionary
 
@@ -21,6 +20,8 @@ from ._protocols import Observer, Store
 from ._shortcut import CURRENT
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ._settings import Settings
     from .stores.failover import FailoverStore
     from .stores.redis import RedisStore

@@ -14,10 +14,12 @@ Rules for stores:
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
-from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
-from ._changes import Slot
 from ._exceptions import StoreError
+
+if TYPE_CHECKING:
+    from ._changes import Slot
 
 Outcome = Literal["done", "refused"] | StoreError
 

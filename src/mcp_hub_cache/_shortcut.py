@@ -18,13 +18,16 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection, Hashable
 from contextvars import ContextVar
 from inspect import Parameter
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ._bind import define, parameters_of
 from ._classes import ClassSet
-from ._flight import Flight
-from ._near import NOT_SHARED, Near
+from ._l1 import NOT_SHARED
 from ._stats import Tap
+
+if TYPE_CHECKING:
+    from ._flight import Flight
+    from ._near import Near
 
 _NAMES: Final = frozenset((str, int, bool, bytes, type(None)))
 _FIXED: Final = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
