@@ -98,9 +98,8 @@ class Engine:
         self.monitored = store if isinstance(store, Monitored) else None
         self._warned: set[str] = set()
         self._sessions: PerLoop[Session] = PerLoop(self._open, owner=f"this {store.name} cache", close=self._close)
-        # The store's calls, bound once: a line tells kinds of requests apart by the identity of their call.
+        # The store's call, bound once: a line tells kinds of requests apart by their call.
         self._get = store.get_many
-        self._get_groups = self._ask_groups
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> Session:
         lines = Lines(loop, self.store.lane, deadline=self.timeout)
@@ -174,7 +173,7 @@ class Engine:
             hit = None if near is None or stamp is None else self._near(near, stamp, classes)
             if hit is not None:
                 hits[key] = hit
-        parts = session.lines.read_groups(self._get_groups, [key for key in keys if key not in hits])
+        parts = session.lines.read_groups(self._get, [key for key in keys if key not in hits])
         for (part, _), answer in zip(parts, await every([future for _, future in parts]), strict=True):
             if isinstance(answer, StoreError):
                 self.trouble(answer)
@@ -183,11 +182,6 @@ class Engine:
                 hit = self.accept(session, key, data, classes, stamps[key])
                 if hit is not None:
                     hits[key] = hit
-
-    async def _ask_groups(self, groups: Sequence[Sequence[bytes]]) -> list[Sequence[bytes | None]]:
-        answers = await self._get([key for group in groups for key in group])
-        ends = iter(answers)
-        return [[next(ends) for _ in group] for group in groups]
 
     def _near(self, near: _Near, stamp: int, classes: ClassSet) -> Hit | None:
         head = near.frame.head

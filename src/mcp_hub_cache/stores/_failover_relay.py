@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from .._answer import Answer, when_done
+
 T = TypeVar("T")
 
 
@@ -23,7 +25,7 @@ def relay(
         Cancelling the result leaves *asked* alone, and ends what *otherwise* began.
     """
     loop = asyncio.get_running_loop()
-    answer: asyncio.Future[T] = loop.create_future()
+    answer: Answer[T] = Answer(loop=loop)
 
     def take(done: asyncio.Future[T]) -> None:
         if done.cancelled():
@@ -45,8 +47,5 @@ def relay(
         elif not answer.done():
             answer.set_result(task.result())
 
-    if asked.done():
-        take(asked)
-    else:
-        asked.add_done_callback(take)
+    when_done(asked, take)
     return answer
