@@ -102,29 +102,32 @@ class _Batch:
 class _Queue:
     """Batches that wait. The latest of each call is open: it takes requests as long as it has room."""
 
-    def __init__(self, due: Callable[[], float], max_items: int, max_size: int) -> None:
+    def __init__(self, due: Callable[[], float], max_items: int, max_size: int, max_queued: int) -> None:
         self.batches: deque[_Batch] = deque()
-        self.length = 0  # in requests
         self._open: dict[Call, _Batch] = {}
         self._due = due
         self._max_items = max_items
         self._max_size = max_size
+        self._max_queued = max_queued
 
-    def batch(self, call: Call, count: int = 1, size: int = 0) -> _Batch:
-        """Return the batch that a request of *call* belongs to."""
+    def batch(self, call: Call, count: int = 1, size: int = 0) -> _Batch | None:
+        """Return the batch that a request of *call* belongs to; None: too many wait."""
         batch = self._open.get(call)
-        return self._new(call) if batch is None or self.is_full(batch, count, size) else batch
+        return batch if batch is not None and self.has_room(batch, count, size) else self._new(call)
 
-    def last(self, call: Call, size: int) -> _Batch:
+    def last(self, call: Call, size: int) -> _Batch | None:
         """The same for one that must not get ahead of any that is here."""
         batch = self.batches[-1] if self.batches else None
-        return self._new(call) if batch is None or batch.call != call or self.is_full(batch, 1, size) else batch
+        return batch if batch is not None and batch.call == call and self.has_room(batch, 1, size) else self._new(call)
 
-    def is_full(self, batch: _Batch, count: int = 1, size: int = 0) -> bool:
-        """Whether *batch* has no room for *count* items of *size* bytes."""
-        return len(batch.items) + count > self._max_items or batch.size + size > self._max_size
+    def has_room(self, batch: _Batch, count: int = 1, size: int = 0) -> bool:
+        """Whether *batch* takes *count* items of *size* bytes more."""
+        return len(batch.items) + count <= self._max_items and batch.size + size <= self._max_size
 
-    def _new(self, call: Call) -> _Batch:
+    def _new(self, call: Call) -> _Batch | None:
+        # Counted here alone, which lets the last batch be filled, and costs a request nothing.
+        if sum([len(batch.futures) for batch in self.batches]) >= self._max_queued:
+            return None
         before = self._open.get(call)
         if before is not None:
             before.stamp(self._due())
@@ -134,19 +137,19 @@ class _Queue:
 
     def stamp(self) -> None:
         """Note when what has come by now is due."""
-        due = self._due()
-        for batch in self._open.values():
-            batch.stamp(due)
+        if self._open:
+            due = self._due()
+            for batch in self._open.values():
+                batch.stamp(due)
 
     def grows(self) -> bool:
         """Whether the first batch may still get more requests."""
         first = self.batches[0]
-        return self._open.get(first.call) is first and not self.is_full(first)
+        return self._open.get(first.call) is first and self.has_room(first)
 
     def pop(self) -> _Batch:
         """Take out the first batch."""
         batch = self.batches.popleft()
-        self.length -= len(batch.futures)
         if self._open.get(batch.call) is batch:
             del self._open[batch.call]
         return batch
@@ -194,9 +197,9 @@ class Lane:
         self._deadline = deadline
         self._reads_in_flight = reads_in_flight
         self._writes_in_flight = writes_in_flight
-        self._max_queued = max_queued
-        self._reads = _Queue(self._due, max_items, max_bytes)
-        self._writes = _Queue(self._due, max_items, max_bytes)
+        self._max_items = max_items
+        self._reads = _Queue(self._due, max_items, max_bytes, max_queued)
+        self._writes = _Queue(self._due, max_items, max_bytes, max_queued)
         self._reading: set[_Batch] = set()
         self._writing: set[_Batch] = set()
         self._abandoned: set[_Batch] = set()
@@ -204,6 +207,7 @@ class Lane:
         self._held: dict[bytes, list[_Held]] = {}
         self._home = {} if home is None else home
         self._gathering = False
+        self._filling: _Batch | None = None  # the batch of single reads that takes what comes in this iteration
         self._going = False
         self._timer: asyncio.TimerHandle | None = None
         self._settled: asyncio.Future[None] | None = None
@@ -211,53 +215,62 @@ class Lane:
     def read(self, call: Call, key: bytes, item: Any) -> asyncio.Future[Any]:
         """Return the future answer of *call* to *item*."""
         future = self._create_future()
+        batch = self._filling
         if key in self._unwritten:
             self._hold(_Held(call, (key,), (item,), grouped=False, future=future, due=self._due()))
+        elif batch is not None and batch.call is call:  # what most find while there is much to do
+            batch.items.append(item)
+            batch.futures.append(future)
+            if len(batch.items) >= self._max_items:
+                self._filling = None
+                self._go_on()
         elif not (self._reading or self._gathering):
             batch = _Batch(call)
             batch.add(item, future)
             self._start(batch, self._reading)
-        elif self._reads.length < self._max_queued:
-            batch = self._reads.batch(call)
+        elif (batch := self._reads.batch(call)) is not None:
             batch.add(item, future)
             self._joined(self._reads, batch)
+            if self._reads.has_room(batch) and batch.counts is None:
+                self._filling = batch
         else:
-            self._refuse(self._reads, future)
+            self._refuse(future)
         return future
 
     def read_group(self, call: Call, keys: Sequence[bytes]) -> asyncio.Future[Any]:
         """Return the future answers to all *keys* as one list: one request, where ``read`` of each would be many."""
         future = self._create_future()
+        self._filling = None
         if not self._unwritten.keys().isdisjoint(keys):
             self._hold(_Held(call, keys, keys, grouped=True, future=future, due=self._due()))
         elif not (self._reading or self._gathering):
             batch = _Batch(call)
             batch.add_group(keys, future)
             self._start(batch, self._reading)
-        elif self._reads.length < self._max_queued:
-            batch = self._reads.batch(call, len(keys))
-            batch.add_group(keys, future)
-            self._joined(self._reads, batch)
+        elif (queued := self._reads.batch(call, len(keys))) is not None:
+            queued.add_group(keys, future)
+            self._joined(self._reads, queued)
         else:
-            self._refuse(self._reads, future)
+            self._refuse(future)
         return future
 
     def write(self, call: Call, key: bytes, item: Any, size: int) -> asyncio.Future[Any]:
         """Return the future outcome; it happens whether or not anybody awaits it."""
         future = self._create_future()
-        queue = self._writes
-        if queue.length >= self._max_queued:
-            self._refuse(queue, future)
-            return future
         others = self._unwritten.get(key, 0)
+        idle = not (self._writing or self._gathering)
+        queue = self._writes
+        batch = _Batch(call) if idle else queue.last(call, size) if others else queue.batch(call, 1, size)
+        if batch is None:
+            self._refuse(future)
+            return future
         self._unwritten[key] = others + 1
         self._home[key] = self
-        idle = not (self._writing or self._gathering)
-        batch = _Batch(call) if idle else queue.last(call, size) if others else queue.batch(call, 1, size)
         batch.add(item, future)
         batch.keys.append(key)
         batch.size += size
-        batch.contested = batch.contested or others > 0
+        if others:
+            batch.contested = True
         if idle:
             self._start(batch, self._writing)
         else:
@@ -265,17 +278,14 @@ class Lane:
         return future
 
     def _joined(self, queue: _Queue, batch: _Batch) -> None:
-        queue.length += 1
         if not self._gathering:
             self._gather()
-        elif queue.is_full(batch):
+        elif not queue.has_room(batch):
             self._go_on()
 
-    def _refuse(self, queue: _Queue, future: asyncio.Future[Any]) -> None:
+    def _refuse(self, future: asyncio.Future[Any]) -> None:
         future.set_exception(
-            StoreExhaustedError(
-                f"{queue.length} requests wait for the store already.", cure="It is too slow for this load."
-            )
+            StoreExhaustedError("too many requests wait for the store already.", cure="It is too slow for this load.")
         )
 
     # What comes in one iteration of the loop
@@ -286,9 +296,9 @@ class Lane:
 
     def _gathered(self) -> None:
         self._gathering = False
-        for queue in (self._writes, self._reads):
-            if queue.batches:
-                queue.stamp()
+        self._filling = None
+        self._writes.stamp()
+        self._reads.stamp()
         self._go_on()
 
     def _due(self) -> float:
@@ -384,7 +394,11 @@ class Lane:
         if not self._unwritten.keys().isdisjoint(held.keys):
             self._hold(held)
             return
+        self._filling = None
         batch = self._reads.batch(held.call, len(held.items))
+        if batch is None:
+            self._refuse(held.future)
+            return
         batch.stamp(self._due())
         batch.dues.append(held.due)
         if held.grouped:
@@ -445,6 +459,7 @@ class Lane:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._filling = None
         closed = StoreUnreachableError("the cache was closed.")
         batches = self._batches()
         works = [batch.work for batch in batches if batch.work is not None]

@@ -190,9 +190,7 @@ class Wire:
         self._ending: set[asyncio.Future[Any]] = set()  # given up, but not over yet
         self._closed = False
 
-    def send(
-        self, data: bytes, count: int, convert: Callable[[list[Any]], T], *, again: bool = False
-    ) -> Answer[T]:
+    def send(self, data: bytes, count: int, convert: Callable[[list[Any]], T], *, again: bool = False) -> Answer[T]:
         """Send commands and return the future of their answer.
 
         Args:
