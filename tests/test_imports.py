@@ -33,7 +33,7 @@ LAYERS = [
     {"_tagged"},
     {"_async_cache", "_classes", "_placeholders", "_policy"},
     {"_bind", "_flight", "_frame", "_l1", "_lifetime", "_lines", "_protocols", "_shapes", "_stats"},
-    {"_changes", "_exceptions"},
+    {"_answer", "_batches", "_changes", "_exceptions"},
 ]
 RANKS = {module: len(LAYERS) - rank for rank, layer in enumerate(LAYERS) for module in layer}
 

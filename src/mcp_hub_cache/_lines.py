@@ -5,8 +5,6 @@ caller's own step. Those that find it busy gather, and go together at the end of
 they fill a batch; in both cases as places in flight become free. Callers who have been answered tend to ask again in
 the iteration that wakes them, so what they ask then gathers, too. Nobody waits for company longer than that.
 
-A request is an entry in the lists of its batch, and the clock is read once per batch.
-
 Rules:
 - Callers await their own future and nothing else. One that is cancelled leaves; the batch goes on. So no call of the
   layer below is ever cut off in the middle because somebody lost interest.
@@ -23,136 +21,15 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from ._answer import when_done
+from ._batches import Batch, Call, Queue
 from ._exceptions import StoreError, StoreExhaustedError, StoreProtocolError, StoreTimeoutError, StoreUnreachableError
 
-Call = Callable[[Sequence[Any]], Awaitable[Sequence[Any]]]
-
 _LATE: Final = 0.05  # seconds by which a timer may be late before the process counts as busy
-
-
-class _Batch:
-    """Requests that go together: ``futures``, ``dues``, ``counts`` and a write's ``keys`` belong together by place."""
-
-    __slots__ = ("call", "contested", "counts", "dues", "futures", "items", "keys", "size", "work")
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        self.items: list[Any] = []
-        self.futures: list[asyncio.Future[Any]] = []
-        self.dues: list[float] = []  # those of the latest requests may be missing
-        self.counts: list[int] | None = None  # items of each request, 0: one by itself; None: all are by themselves
-        self.keys: list[bytes] = []
-        self.size = 0
-        self.contested = False  # another write of one of its keys was queued or in flight when that one came
-        self.work: asyncio.Future[Any] | None = None
-
-    def add(self, item: Any, future: asyncio.Future[Any]) -> None:
-        """Add a request of one item."""
-        self.items.append(item)
-        self.futures.append(future)
-        if self.counts is not None:
-            self.counts.append(0)
-
-    def add_group(self, items: Sequence[Any], future: asyncio.Future[Any]) -> None:
-        """Add a request of many items, answered by a list."""
-        if self.counts is None:
-            self.counts = [0] * len(self.futures)
-        self.items.extend(items)
-        self.futures.append(future)
-        self.counts.append(len(items))
-
-    def stamp(self, due: float) -> None:
-        """Give *due* to those that have none yet."""
-        self.dues += [due] * (len(self.futures) - len(self.dues))
-
-    def is_left(self) -> bool:
-        """Whether nobody waits for any of it any more. Takes out the requests of one item that nobody waits for."""
-        left = [future.done() for future in self.futures]
-        if True in left and self.counts is None:
-            live = [at for at, was_left in enumerate(left) if not was_left]
-            self.items = [self.items[at] for at in live]
-            self.futures = [self.futures[at] for at in live]
-            self.dues = [self.dues[at] for at in live if at < len(self.dues)]
-        return False not in left
-
-    def answer(self, answers: Sequence[Any]) -> None:
-        """Hand out *answers*, one for each item."""
-        counts = self.counts
-        if counts is not None:
-            rest = iter(answers)
-            answers = [list(islice(rest, count)) if count else next(rest) for count in counts]
-        for future, answer in zip(self.futures, answers, strict=True):
-            if not future.done():
-                future.set_result(answer)
-
-    def fail(self, error: BaseException) -> None:
-        """Tell everybody of *error*."""
-        for future in self.futures:
-            if not future.done():
-                future.set_exception(error)
-
-
-class _Queue:
-    """Batches that wait. The latest of each call is open: it takes requests as long as it has room."""
-
-    def __init__(self, due: Callable[[], float], max_items: int, max_size: int, max_queued: int) -> None:
-        self.batches: deque[_Batch] = deque()
-        self._open: dict[Call, _Batch] = {}
-        self._due = due
-        self._max_items = max_items
-        self._max_size = max_size
-        self._max_queued = max_queued
-
-    def batch(self, call: Call, count: int = 1, size: int = 0) -> _Batch | None:
-        """Return the batch that a request of *call* belongs to; None: too many wait."""
-        batch = self._open.get(call)
-        return batch if batch is not None and self.has_room(batch, count, size) else self._new(call)
-
-    def last(self, call: Call, size: int) -> _Batch | None:
-        """The same for one that must not get ahead of any that is here."""
-        batch = self.batches[-1] if self.batches else None
-        return batch if batch is not None and batch.call == call and self.has_room(batch, 1, size) else self._new(call)
-
-    def has_room(self, batch: _Batch, count: int = 1, size: int = 0) -> bool:
-        """Whether *batch* takes *count* items of *size* bytes more."""
-        return len(batch.items) + count <= self._max_items and batch.size + size <= self._max_size
-
-    def _new(self, call: Call) -> _Batch | None:
-        # Counted here alone, which lets the last batch be filled, and costs a request nothing.
-        if sum([len(batch.futures) for batch in self.batches]) >= self._max_queued:
-            return None
-        before = self._open.get(call)
-        if before is not None:
-            before.stamp(self._due())
-        batch = self._open[call] = _Batch(call)
-        self.batches.append(batch)
-        return batch
-
-    def stamp(self) -> None:
-        """Note when what has come by now is due."""
-        if self._open:
-            due = self._due()
-            for batch in self._open.values():
-                batch.stamp(due)
-
-    def grows(self) -> bool:
-        """Whether the first batch may still get more requests."""
-        first = self.batches[0]
-        return self._open.get(first.call) is first and self.has_room(first)
-
-    def pop(self) -> _Batch:
-        """Take out the first batch."""
-        batch = self.batches.popleft()
-        if self._open.get(batch.call) is batch:
-            del self._open[batch.call]
-        return batch
 
 
 class _Held(NamedTuple):
@@ -198,16 +75,16 @@ class Lane:
         self._reads_in_flight = reads_in_flight
         self._writes_in_flight = writes_in_flight
         self._max_items = max_items
-        self._reads = _Queue(self._due, max_items, max_bytes, max_queued)
-        self._writes = _Queue(self._due, max_items, max_bytes, max_queued)
-        self._reading: set[_Batch] = set()
-        self._writing: set[_Batch] = set()
-        self._abandoned: set[_Batch] = set()
+        self._reads = Queue(self._due, max_items, max_bytes, max_queued)
+        self._writes = Queue(self._due, max_items, max_bytes, max_queued)
+        self._reading: set[Batch] = set()
+        self._writing: set[Batch] = set()
+        self._abandoned: set[Batch] = set()
         self._unwritten: dict[bytes, int] = {}  # writes queued or in flight, by key
         self._held: dict[bytes, list[_Held]] = {}
         self._home = {} if home is None else home
         self._gathering = False
-        self._filling: _Batch | None = None  # the batch of single reads that takes what comes in this iteration
+        self._filling: Batch | None = None  # the batch of single reads that takes what comes in this iteration
         self._going = False
         self._timer: asyncio.TimerHandle | None = None
         self._settled: asyncio.Future[None] | None = None
@@ -225,7 +102,7 @@ class Lane:
                 self._filling = None
                 self._go_on()
         elif not (self._reading or self._gathering):
-            batch = _Batch(call)
+            batch = Batch(call)
             batch.add(item, future)
             self._start(batch, self._reading)
         elif (batch := self._reads.batch(call)) is not None:
@@ -244,7 +121,7 @@ class Lane:
         if not self._unwritten.keys().isdisjoint(keys):
             self._hold(_Held(call, keys, keys, grouped=True, future=future, due=self._due()))
         elif not (self._reading or self._gathering):
-            batch = _Batch(call)
+            batch = Batch(call)
             batch.add_group(keys, future)
             self._start(batch, self._reading)
         elif (queued := self._reads.batch(call, len(keys))) is not None:
@@ -260,7 +137,7 @@ class Lane:
         others = self._unwritten.get(key, 0)
         idle = not (self._writing or self._gathering)
         queue = self._writes
-        batch = _Batch(call) if idle else queue.last(call, size) if others else queue.batch(call, 1, size)
+        batch = Batch(call) if idle else queue.last(call, size) if others else queue.batch(call, 1, size)
         if batch is None:
             self._refuse(future)
             return future
@@ -277,7 +154,7 @@ class Lane:
             self._joined(queue, batch)
         return future
 
-    def _joined(self, queue: _Queue, batch: _Batch) -> None:
+    def _joined(self, queue: Queue, batch: Batch) -> None:
         if not self._gathering:
             self._gather()
         elif not queue.has_room(batch):
@@ -326,13 +203,13 @@ class Lane:
         finally:
             self._going = False
 
-    def _may_go(self, queue: _Queue, flying: set[_Batch], most: int) -> bool:
+    def _may_go(self, queue: Queue, flying: set[Batch], most: int) -> bool:
         return bool(queue.batches) and len(flying) < most and not (self._gathering and queue.grows())
 
-    def _is_overtaking(self, batch: _Batch) -> bool:
+    def _is_overtaking(self, batch: Batch) -> bool:
         return batch.contested and any(not {*batch.keys}.isdisjoint(flying.keys) for flying in self._writing)
 
-    def _start(self, batch: _Batch, flying: set[_Batch]) -> None:
+    def _start(self, batch: Batch, flying: set[Batch]) -> None:
         flying.add(batch)
         if len(batch.dues) < len(batch.futures):
             batch.stamp(self._due())
@@ -344,7 +221,7 @@ class Lane:
         batch.work = work = answer if isinstance(answer, asyncio.Future) else asyncio.ensure_future(answer)
         when_done(work, partial(self._ended, batch))
 
-    def _ended(self, batch: _Batch, work: asyncio.Future[Any]) -> None:
+    def _ended(self, batch: Batch, work: asyncio.Future[Any]) -> None:
         if work.cancelled():
             self._end(batch, StoreUnreachableError("the store was closed while it was asked."), ())
         elif (error := work.exception()) is not None:
@@ -352,7 +229,7 @@ class Lane:
         else:
             self._end(batch, None, work.result())
 
-    def _end(self, batch: _Batch, error: BaseException | None, answers: Sequence[Any]) -> None:
+    def _end(self, batch: Batch, error: BaseException | None, answers: Sequence[Any]) -> None:
         for flying in (self._reading, self._writing, self._abandoned):
             flying.discard(batch)
         if error is None and len(answers) != len(batch.items):
@@ -441,7 +318,7 @@ class Lane:
             self._timer = self._loop.call_at(next_due, self._watch, next_due)
         self._abandon()
 
-    def _batches(self) -> list[_Batch]:
+    def _batches(self) -> list[Batch]:
         flying = (self._reading, self._writing, self._abandoned)
         return [batch for some in (*flying, self._reads.batches, self._writes.batches) for batch in some]
 
