@@ -172,7 +172,7 @@ class Cache(AsyncCache):
     async def set(self, key: str, value: object, *, ttl: Seconds | None = None, as_type: object = Any) -> None:
         store_key, seconds_fresh = self._key(key), self._ttl(ttl)
         codec, payload = self._writes.encode(value, _classes(as_type))
-        await self._writes.write_many([(store_key, codec, payload)], seconds_fresh)
+        await self._writes.write(store_key, codec, payload, seconds_fresh)
 
     async def set_many(
         self, mapping: Mapping[str, object], *, ttl: Seconds | None = None, as_type: object = Any

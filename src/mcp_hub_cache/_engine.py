@@ -108,9 +108,8 @@ class Engine:
         self.monitored = store if isinstance(store, Monitored) else None
         self._warned: set[str] = set()
         self._sessions: PerLoop[Session] = PerLoop(self._open, owner=f"this {store.name} cache", close=self._close)
-        # The store's calls, bound once: a line tells kinds of requests apart by the identity of their call.
+        # The store's call, bound once: a line tells kinds of requests apart by their call.
         self._get = store.get_many
-        self._get_groups = self._ask_groups
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> Session:
         lines: Lines | Direct
@@ -208,7 +207,7 @@ class Engine:
                     hits[key] = hit
                 else:
                     expected[key] = self._expect(key)
-        parts = session.lines.read_groups(self._get_groups, [key for key in keys if key not in hits])
+        parts = session.lines.read_groups(self._get, [key for key in keys if key not in hits])
         for (part, _), answer in zip(parts, await every([future for _, future in parts]), strict=True):
             if isinstance(answer, StoreError):
                 self.trouble(answer)
@@ -217,11 +216,6 @@ class Engine:
                 hit = self.accept(session, key, data, classes, expected.get(key))
                 if hit is not None:
                     hits[key] = hit
-
-    async def _ask_groups(self, groups: Sequence[Sequence[bytes]]) -> list[Sequence[bytes | None]]:
-        answers = await self._get([key for group in groups for key in group])
-        ends = iter(answers)
-        return [[next(ends) for _ in group] for group in groups]
 
     def accept(
         self, session: Session, key: bytes, data: bytes | None, classes: ClassSet, near: Near | None

@@ -27,6 +27,7 @@ from typing import Any, Final, TypeVar, cast
 import hiredis
 from hiredis import ReplyError
 
+from .._answer import Answer
 from .._exceptions import StoreError
 from ._redis_address import Address
 from ._redis_driver import open_connection
@@ -83,7 +84,7 @@ class _Request:
 
     def __init__(
         self,
-        future: asyncio.Future[Any],
+        future: Answer[Any],
         data: bytes,
         count: int,
         convert: Callable[[list[Any]], Any],
@@ -145,12 +146,14 @@ class _Link(asyncio.BufferedProtocol):
             if future.done():
                 continue
             try:
-                future.set_result(request.convert(answer))
+                converted = request.convert(answer)
             except StoreError as error:
                 future.set_exception(error)
             except Exception:
                 pending.appendleft(request)  # so that it fails with the others
                 raise
+            else:
+                future.set_result(converted)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # the base class's signature
         if not self.closed.done():
@@ -187,9 +190,7 @@ class Wire:
         self._ending: set[asyncio.Future[Any]] = set()  # given up, but not over yet
         self._closed = False
 
-    def send(
-        self, data: bytes, count: int, convert: Callable[[list[Any]], T], *, again: bool = False
-    ) -> asyncio.Future[T]:
+    def send(self, data: bytes, count: int, convert: Callable[[list[Any]], T], *, again: bool = False) -> Answer[T]:
         """Send commands and return the future of their answer.
 
         Args:
@@ -202,7 +203,7 @@ class Wire:
         Cancellation:
             Cancelling the future stops nothing that was sent.
         """
-        future: asyncio.Future[T] = self._loop.create_future()
+        future: Answer[T] = Answer(loop=self._loop)
         if self._closed:
             future.set_exception(unreachable(self._address.where, "The store was closed."))
             return future
@@ -263,7 +264,7 @@ class Wire:
     def _question(self, sent: float) -> _Request:
         self._ask_at = self._loop.time() + _ASK_EVERY
         asked = steady()
-        future: asyncio.Future[None] = self._loop.create_future()
+        future: Answer[None] = Answer(loop=self._loop)
         future.add_done_callback(_retrieve)
         return _Request(future, _TIME, 1, lambda replies: self._learn(replies[0], asked), sent, again=False)
 
@@ -284,11 +285,11 @@ class Wire:
         repeated = deque(request for request in self._pending if request.again and not request.future.done())
         failed = [request for request in self._pending if not request.again]
         self._pending = repeated
-        _fail(failed, lost(self._address.where))
         for request in repeated:
             request.again = False
         if repeated:
             self._open()
+        _fail(failed, lost(self._address.where))  # last: who hears of it may send at once
 
     def on_doubt(self, link: _Link) -> None:
         """*link* brought something that can't be told apart from a mix-up."""
