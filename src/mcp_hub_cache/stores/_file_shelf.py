@@ -34,7 +34,7 @@ FILE_NAME: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 _TEMP_NAME: Final = re.compile(r"\.[0-9a-f]{32}\.tmp", re.ASCII)
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-_QUIET: Final = _READ | getattr(os, "O_NOATIME", 0)
+QUIET: Final = _READ | getattr(os, "O_NOATIME", 0)
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LARGE: Final = 1 << 20
@@ -132,7 +132,7 @@ def read_frame(
     try:
         try:
             # Without O_NOATIME the kernel would note every look at a file as use: its mtime is ahead (relatime).
-            file = os.open(path, _QUIET, dir_fd=fd)
+            file = os.open(path, QUIET, dir_fd=fd)
         except PermissionError:
             file = os.open(path, _READ, dir_fd=fd)
     except OSError as error:
@@ -163,13 +163,16 @@ def read_frame(
         os.close(file)
 
 
-def hints(frame: bytes) -> int:
+def hint(keep_until: float, kind: int) -> int:
+    """The ``mtime`` in nanoseconds of a file that holds such a frame."""
+    until = max(keep_until, 0.0) if keep_until < _FAR else _FAR
+    return int(until * 1_000_000) * 1000 + kind
+
+
+def hint_of(frame: bytes) -> int:
     """The ``mtime`` in nanoseconds of a file that holds *frame*."""
     head = peek(frame)
-    if head is None:
-        return _FAR * 1_000_000_000
-    until = max(head.keep_until, 0.0) if head.keep_until < _FAR else _FAR
-    return int(until * 1_000_000) * 1000 + head.kind
+    return _FAR * 1_000_000_000 if head is None else hint(head.keep_until, head.kind)
 
 
 class Seen(NamedTuple):
@@ -250,7 +253,7 @@ class Shelf:
                     left = memoryview(frame)
                     while left:
                         left = left[os.write(file, left) :]
-                    os.utime(file, ns=(time.time_ns(), hints(frame)))
+                    os.utime(file, ns=(time.time_ns(), hint_of(frame)))
                 finally:
                     os.close(file)
                 os.replace(temp, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
