@@ -177,19 +177,20 @@ class Folder:
         """
         # A table at its path that is the one we have open is in our own folder, checked when it was opened.
         for space in spaces:
-            if not self._is_open(space):
+            if not (self._checked and self._current(space)):
                 self.check()
                 self.table(space)
 
-    def _is_open(self, space: str) -> bool:
+    def _current(self, space: str) -> Table | None:
+        """The open table of the namespace, if that is the one on disk."""
         table = self._tables.get(space)
-        if table is None or not self._checked:
-            return False
+        if table is None:
+            return None
         try:
-            facts = os.lstat(self._table_path(space))
+            facts = os.lstat(f"{self.root}/{space}/{_file_counters.NAME}")
         except OSError:
-            return False
-        return table.inode == (facts.st_dev, facts.st_ino)
+            return None
+        return table if table.inode == (facts.st_dev, facts.st_ino) else None
 
     def check(self) -> bool:
         """Whether our folder is there.
@@ -312,12 +313,12 @@ class Folder:
 
     def table(self, space: str, *, make: bool = False) -> Table | None:
         """The namespace's table as it is on disk now, opened if need be; made anew if *make*."""
+        table = self._current(space)
+        if table is not None:
+            return table
         path = self._table_path(space)
-        table = self._tables.get(space)
         try:
             facts = os.lstat(path)
-            if table is not None and table.inode == (facts.st_dev, facts.st_ino):
-                return table
             if not (stat.S_ISREG(facts.st_mode) and stat.S_ISDIR(os.lstat(f"{self.root}/{space}").st_mode)):
                 raise StoreMisconfiguredError(f"{path} or its folder is a link.", cure="Remove it by hand.")
             table = _file_counters.open_table(path, self.clock)

@@ -18,12 +18,11 @@ from struct import Struct
 from typing import Final
 
 from .._frame import HEAD_SIZE, peek
-from ._file_shelf import QUIET, hint, read_frame
+from ._file_shelf import QUIET, VERSION_1, hint, read_frame
 
 # What a whole frame of version 1 is told by: magic and version, keep_until, and the lengths of its parts (``_frame``).
 # The checksums are the engine's to verify: what is damaged in a way that shows only there goes to it as it is.
 _PARTS: Final = Struct("<5s27xd4xHHI")
-_VERSION_1: Final = b"\x89MHC\x01"
 _MARK_SIZE: Final = 24
 
 _CHUNK: Final = 64 * 1024  # to ask for more than there is costs nothing; what is larger than this can be asked twice
@@ -75,7 +74,7 @@ class Reads:
             if len(data) > HEAD_SIZE:
                 version, keep_until, key, marks, payload = _PARTS.unpack_from(data)
                 whole = len(data) == HEAD_SIZE + key + marks * _MARK_SIZE + payload
-                if whole and version == _VERSION_1 and now < keep_until:
+                if whole and version == VERSION_1 and now < keep_until:
                     if path not in noted:
                         _note(file, data)
                         noted.add(path)
