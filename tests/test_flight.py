@@ -17,7 +17,7 @@ from tests.backends import turns
 
 @pytest.fixture
 async def flights() -> AsyncIterator[Flights]:
-    flights = Flights()
+    flights = Flights(asyncio.get_running_loop())
     yield flights
     await flights.aclose()
 
@@ -46,20 +46,27 @@ class Work:
         return self.name
 
 
+async def fly(
+    flights: Flights, key: bytes, name: str, work: Any, *, anew: bool = False, group: object = None
+) -> tuple[Any, bool]:
+    flight, leads = flights.board(key, name, work, anew=anew, group=group)
+    return await flights.wait(flight), leads
+
+
 def run(flights: Flights, work: Any, key: bytes = b"k", *, anew: bool = False) -> asyncio.Task[tuple[Any, bool]]:
-    return asyncio.create_task(flights.run(key, key.decode(), work, anew=anew))
+    return asyncio.create_task(fly(flights, key, key.decode(), work, anew=anew))
 
 
 async def test_one_leads_and_the_others_join(flights: Flights) -> None:
     work = Work()
     tasks = [run(flights, work) for _ in range(5)]
     await work.started.wait()
-    assert flights.can_join(b"k")
+    assert flights.joinable(b"k") is not None
     assert len(flights) == 1
     work.go.set()
     assert await asyncio.gather(*tasks) == [("result", True)] + [("result", False)] * 4
     assert work.calls == 1
-    assert not flights.can_join(b"k")
+    assert flights.joinable(b"k") is None
     assert len(flights) == 0
 
 
@@ -90,7 +97,7 @@ async def test_an_error_is_the_same_object_for_all(flights: Flights) -> None:
 
     results = await asyncio.gather(*(run(flights, fail) for _ in range(5)), return_exceptions=True)
     assert all(result is error for result in results)
-    assert not flights.can_join(b"k")
+    assert flights.joinable(b"k") is None
 
 
 async def test_work_that_fails_before_its_first_await(flights: Flights) -> None:
@@ -98,7 +105,7 @@ async def test_work_that_fails_before_its_first_await(flights: Flights) -> None:
         raise LookupError
 
     with pytest.raises(LookupError):
-        await flights.run(b"k", "k", fail)
+        await fly(flights, b"k", "k", fail)
 
 
 async def test_no_task_says_that_its_error_was_never_retrieved(flights: Flights) -> None:
@@ -149,7 +156,7 @@ async def test_the_last_one_to_leave_cancels_the_work(flights: Flights) -> None:
         task.cancel()
         await turns()
     assert work.cancelled == 1
-    assert not flights.can_join(b"k")
+    assert flights.joinable(b"k") is None
 
 
 async def test_work_that_is_cancelled_before_its_first_step(flights: Flights) -> None:
@@ -219,7 +226,7 @@ async def test_a_cancelled_flight_does_not_take_its_successor_with_it(flights: F
     await work.started.wait()
     slow_end.set()
     await turns()
-    assert flights.can_join(b"k")
+    assert flights.joinable(b"k") is not None
     third = run(flights, Work("never"))
     await turns()
     work.go.set()
@@ -253,7 +260,7 @@ async def test_a_detached_flight_serves_those_who_wait_and_nobody_else(flights: 
     old.go.set()
     assert await asyncio.gather(*before) == [("old", True), ("old", False)]
     # The old one's landing left the new one where it was.
-    assert flights.can_join(b"k")
+    assert flights.joinable(b"k") is not None
     new.go.set()
     assert await asyncio.gather(*after) == [("new", True), ("new", False)]
 
@@ -268,7 +275,7 @@ async def test_a_detached_flight_that_everybody_leaves_is_cancelled(flights: Fli
     before.cancel()
     await turns()
     assert old.cancelled == 1
-    assert flights.can_join(b"k")
+    assert flights.joinable(b"k") is not None
     new.go.set()
     assert await after == ("new", True)
 
@@ -283,7 +290,7 @@ async def test_detaching_by_prefix(flights: Flights) -> None:
     tasks = [run(flights, work, key) for key, work in works.items()]
     await turns()
     flights.detach_all(b"a:")
-    assert {key: flights.can_join(key) for key in works} == {b"a:1": False, b"a:2": False, b"ab": True, b"b": True}
+    assert {key for key in works if flights.joinable(key) is not None} == {b"ab", b"b"}
     for work in works.values():
         work.go.set()
     assert [await task for task in tasks] == [("result", True)] * 4
@@ -345,10 +352,10 @@ async def test_anew_detaches_what_has_begun(flights: Flights) -> None:
 
 async def test_a_flight_that_joins_itself(flights: Flights) -> None:
     async def work(flight: Flight) -> Any:
-        return await flights.run(b"k", "k", work)
+        return await fly(flights, b"k", "k", work)
 
     with pytest.raises(CircularLoadError, match="k -> k"):
-        await asyncio.wait_for(flights.run(b"k", "k", work), 20)
+        await asyncio.wait_for(fly(flights, b"k", "k", work), 20)
     assert len(flights) == 0
 
 
@@ -357,30 +364,30 @@ async def test_a_circle_is_named_in_its_order(flights: Flights) -> None:
         following = {"a": "b", "b": "c", "c": "a"}[key]
 
         async def work(flight: Flight) -> Any:
-            return await flights.run(following.encode(), following, work_of(following))
+            return await fly(flights, following.encode(), following, work_of(following))
 
         return work
 
     with pytest.raises(CircularLoadError, match="c -> a -> b -> c"):
-        await asyncio.wait_for(flights.run(b"a", "a", work_of("a")), 20)
+        await asyncio.wait_for(fly(flights, b"a", "a", work_of("a")), 20)
 
 
 async def test_a_circle_by_a_way_round(flights: Flights) -> None:
     """a waits for b and c at once; c for d; d for a."""
 
     async def d(flight: Flight) -> Any:
-        return await flights.run(b"a", "a", a)
+        return await fly(flights, b"a", "a", a)
 
     async def c(flight: Flight) -> Any:
-        return await flights.run(b"d", "d", d)
+        return await fly(flights, b"d", "d", d)
 
     b = Work("b")
 
     async def a(flight: Flight) -> Any:
-        return await asyncio.gather(flights.run(b"b", "b", b), flights.run(b"c", "c", c))
+        return await asyncio.gather(fly(flights, b"b", "b", b), fly(flights, b"c", "c", c))
 
     with pytest.raises(CircularLoadError):
-        await asyncio.wait_for(flights.run(b"a", "a", a), 20)
+        await asyncio.wait_for(fly(flights, b"a", "a", a), 20)
     b.go.set()
 
 
@@ -392,13 +399,13 @@ async def test_diamonds_are_no_circles(flights: Flights) -> None:
         return "d"
 
     async def middle(flight: Flight) -> Any:
-        return (await flights.run(b"d", "d", leaf))[0]
+        return (await fly(flights, b"d", "d", leaf))[0]
 
     async def top(flight: Flight) -> Any:
-        parts = await asyncio.gather(*(flights.run(key, key.decode(), middle) for key in (b"b", b"c", b"b")))
+        parts = await asyncio.gather(*(fly(flights, key, key.decode(), middle) for key in (b"b", b"c", b"b")))
         return [part for part, _ in parts]
 
-    result, _ = await asyncio.wait_for(flights.run(b"a", "a", top), 20)
+    result, _ = await asyncio.wait_for(fly(flights, b"a", "a", top), 20)
     assert result == ["d", "d", "d"]
 
 
@@ -408,7 +415,7 @@ async def test_edges_are_gone_with_their_wait(flights: Flights) -> None:
 
     async def work(flight: Flight) -> str:
         for _ in range(2):
-            task = asyncio.create_task(flights.run(b"other", "other", other))
+            task = asyncio.create_task(fly(flights, b"other", "other", other))
             await turns()
             edges.append(len(flight.waits_for))
             task.cancel()
@@ -416,7 +423,7 @@ async def test_edges_are_gone_with_their_wait(flights: Flights) -> None:
             edges.append(len(flight.waits_for))
         return "done"
 
-    assert await asyncio.wait_for(flights.run(b"k", "k", work), 20) == ("done", True)
+    assert await asyncio.wait_for(fly(flights, b"k", "k", work), 20) == ("done", True)
     assert edges == [1, 0, 1, 0]
 
 
@@ -425,7 +432,7 @@ async def test_two_waits_of_one_flight_for_another_are_two(flights: Flights) -> 
     edges: list[int] = []
 
     async def work(flight: Flight) -> Any:
-        tasks = [asyncio.create_task(flights.run(b"other", "other", other)) for _ in range(2)]
+        tasks = [asyncio.create_task(fly(flights, b"other", "other", other)) for _ in range(2)]
         await turns()
         edges.append(len(flight.waits_for))
         tasks[0].cancel()
@@ -434,7 +441,7 @@ async def test_two_waits_of_one_flight_for_another_are_two(flights: Flights) -> 
         other.go.set()
         return await tasks[1]
 
-    await asyncio.wait_for(flights.run(b"k", "k", work), 20)
+    await asyncio.wait_for(fly(flights, b"k", "k", work), 20)
     assert edges == [1, 1]
 
 
@@ -445,13 +452,13 @@ async def test_a_task_that_outlives_its_flight_is_free(flights: Flights) -> None
 
     async def afterwards() -> None:
         await later.wait()
-        results.append(await flights.run(b"k", "k", Work("never called")))
+        results.append(await fly(flights, b"k", "k", Work("never called")))
 
     async def work(flight: Flight) -> str:
         tasks.append(asyncio.create_task(afterwards()))
         return "done"
 
-    await flights.run(b"k", "k", work)
+    await fly(flights, b"k", "k", work)
     again = Work("again")
     second = run(flights, again)
     await again.started.wait()
@@ -486,7 +493,7 @@ async def test_what_flew_is_collected(flights: Flights) -> None:
     async def work(flight: Flight) -> Big:
         return Big()
 
-    result, _ = await flights.run(b"k", "k", work)
+    result, _ = await fly(flights, b"k", "k", work)
     reference = weakref.ref(result)
     del result
     await turns()

@@ -108,12 +108,25 @@ def test_a_newer_version_or_an_unknown_flag_is_a_frame_error(offset: int, value:
 
 @pytest.mark.parametrize(
     ("data", "reason"),
-    [(b"", "foreign"), (b"x" * 200, "foreign"), (b"\x89MHC", "truncated"), (b"\x89MHC" + bytes(60), "corrupt")],
+    [
+        (b"", "foreign"),
+        (b"x" * 200, "foreign"),
+        (b"\x89MHC", "truncated"),
+        (b"\x89MHC" + bytes(60), "corrupt"),
+        # Short, but followed by their own crc as a whole head is.
+        *(
+            (data + struct.pack("<I", crc32(data)), "truncated")
+            for data in (b"\x89MHC\x01", entry()[:58], entry()[:59])
+        ),
+        (bytes(200) + struct.pack("<I", crc32(bytes(200))), "foreign"),
+    ],
 )
 def test_reasons(data: bytes, reason: str) -> None:
-    with pytest.raises(FrameError) as caught:
-        unpack(data, KEY)
-    assert caught.value.reason == reason
+    for read in (lambda: unpack(data, KEY), lambda: unpack_head(data), lambda: unpack_head(memoryview(data))):
+        with pytest.raises(FrameError) as caught:
+            read()
+        assert caught.value.reason == reason
+    assert peek(data) is None
 
 
 @given(st.binary(max_size=300))

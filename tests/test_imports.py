@@ -25,15 +25,16 @@ LAYERS = [
     {"_open"},
     {"_cache"},
     {"_identity", "_load", "_upkeep"},
-    {"_writes"},
+    {"_shortcut", "_writes"},
     {"_engine"},
-    {"_keys", "_settings", "stores"},
+    {"_keys", "_near", "_settings", "stores"},
     {"_codec"},
     {"_revive"},
     {"_tagged"},
     {"_async_cache", "_classes", "_placeholders", "_policy"},
+    {"_direct"},
     {"_bind", "_flight", "_frame", "_l1", "_lifetime", "_lines", "_protocols", "_shapes", "_stats"},
-    {"_changes", "_exceptions"},
+    {"_answers", "_blake", "_changes", "_exceptions", "_tokens"},
 ]
 RANKS = {module: len(LAYERS) - rank for rank, layer in enumerate(LAYERS) for module in layer}
 
@@ -120,6 +121,45 @@ def test_importing_the_package_loads_no_driver() -> None:
     assert slow.isdisjoint(loaded)
 
 
+def newly_loaded(code: str) -> set[str]:
+    """What *code* imports in a fresh process, beyond what asyncio, inspect and typing do."""
+    before = "import asyncio, inspect, sys, typing; before = set(sys.modules)"
+    return set(fresh(f"{before}\n{code}\nprint(*sys.modules.keys() - before)").split())
+
+
+# No value's type is imported before there is such a value, no digest of OpenSSL's, nothing of the cli's.
+UNUSED = {
+    "ctypes", "decimal", "email", "fractions", "hashlib", "http", "importlib.metadata", "logging.config", "random",
+    "secrets", "statistics", "tempfile", "unittest", "zoneinfo", "mcp_hub_cache._answers", "mcp_hub_cache._settings",
+}  # fmt: skip
+
+
+def test_importing_the_package_loads_what_decorating_takes() -> None:
+    loaded = newly_loaded("import mcp_hub_cache; mcp_hub_cache.acached(ttl='10m', namespace='a')(asyncio.sleep)")
+    assert loaded.isdisjoint(UNUSED | {"ipaddress", "pathlib", "urllib"})
+    ours = {each for each in loaded if each.startswith("mcp_hub_cache.")}
+    assert ours.isdisjoint({f"mcp_hub_cache.{each}" for each in ("_cache", "_engine", "_frame", "_open", "stores")})
+
+
+def test_a_cache_that_nobody_made_loads_no_store() -> None:
+    loaded = newly_loaded("from mcp_hub_cache import Cache, FileCache, RedisCache, open_cache")
+    assert loaded.isdisjoint(UNUSED | {"mcp_hub_cache.stores.redis", "redis", "pydantic"})
+
+
+def test_names_for_later_are_there_when_asked_for() -> None:
+    code = """
+import mcp_hub_cache
+assert set(mcp_hub_cache.__all__) <= set(dir(mcp_hub_cache)) and "Cache" not in vars(mcp_hub_cache)
+from mcp_hub_cache import *
+assert open_cache is mcp_hub_cache.open_cache is vars(mcp_hub_cache)["open_cache"] and issubclass(FileCache, Cache)
+try:
+    mcp_hub_cache.open_cahce
+except AttributeError as error:
+    print(error)
+"""
+    assert fresh(code).strip() == "module 'mcp_hub_cache' has no attribute 'open_cahce'"
+
+
 def test_importing_the_package_starts_nothing() -> None:
     code = "import threading, mcp_hub_cache; print(threading.active_count())"
     assert fresh(code).strip() == "1"
@@ -127,11 +167,8 @@ def test_importing_the_package_starts_nothing() -> None:
 
 def test_all_is_complete() -> None:
     names = mcp_hub_cache.__all__
-    assert {n for n in dir(mcp_hub_cache) if not n.startswith("_")} - set(names) <= {
-        "annotations",
-        "cli",
-        "stores",
-        "testing",
-    }
+    machinery = {"TYPE_CHECKING", "annotations", "cli", "import_module", "stores", "testing"}
+    assert {n for n in dir(mcp_hub_cache) if not n.startswith("_")} - set(names) <= machinery
+    assert sorted(names, key=lambda name: (not name.isupper(), not name[0].isupper(), name)) == names
     for each in names:
         assert getattr(mcp_hub_cache, each) is not None

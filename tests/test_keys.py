@@ -69,7 +69,6 @@ def test_entry_keys_and_back() -> None:
         assert key == b"mcp_hub:team-1:e:" + name.encode() and space.name_of(key) == name
     assert space.entry(Text.A) == b"mcp_hub:team-1:e:a"
     assert KeySpace("", "x").entry("a") == b"x:e:a"
-    assert space == KeySpace("mcp_hub:", "team-1") and hash(space) == hash(KeySpace("mcp_hub:", "team-1"))
     assert repr(space) == "KeySpace(prefix='mcp_hub:', namespace='team-1')"
 
 

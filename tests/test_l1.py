@@ -8,19 +8,47 @@ from collections import OrderedDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcp_hub_cache._l1 import L1
+from mcp_hub_cache._l1 import L1, Node
 
 
-def filled(keys: str, *, max_entries: int = 100, max_bytes: int = 1000) -> L1[str]:
-    l1: L1[str] = L1(max_entries, max_bytes)
+class Item(Node):
+    def __init__(self, key: bytes, value: object, size: int) -> None:
+        super().__init__(key, size)
+        self.value = value
+
+
+class Values:
+    """A table whose entries are known by their values."""
+
+    def __init__(self, max_entries: int, max_bytes: int) -> None:
+        self.l1: L1[Item] = L1(max_entries, max_bytes)
+        self.drop = self.l1.drop
+
+    def __len__(self) -> int:
+        return len(self.l1)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.l1.size_bytes
+
+    def get(self, key: bytes) -> object:
+        item = self.l1.get(key)
+        return None if item is None else item.value
+
+    def put(self, key: bytes, value: object, size: int) -> int:
+        return self.l1.put(Item(key, value, size))
+
+
+def filled(keys: str, *, max_entries: int = 100, max_bytes: int = 1000) -> Values:
+    l1 = Values(max_entries, max_bytes)
     for key in keys:
         l1.put(key.encode(), key, 1)
     return l1
 
 
-def held(l1: L1[str], keys: str) -> str:
+def held(l1: Values, keys: str) -> str:
     """Which of *keys* are there; told apart from reading, which marks them."""
-    return "".join(key for key in keys if key.encode() in l1._nodes)
+    return "".join(key for key in keys if key.encode() in l1.l1.snapshot())
 
 
 def test_what_was_put_is_there_until_it_is_dropped() -> None:
@@ -34,7 +62,7 @@ def test_what_was_put_is_there_until_it_is_dropped() -> None:
 
 
 def test_replacing_counts_once() -> None:
-    l1: L1[str] = L1(10, 100)
+    l1 = Values(10, 100)
     l1.put(b"a", "old", 60)
     assert l1.put(b"a", "new", 70) == 0
     assert (l1.get(b"a"), len(l1), l1.size_bytes) == ("new", 1, 70)
@@ -48,7 +76,7 @@ def test_bounded_by_entries() -> None:
 
 
 def test_bounded_by_bytes() -> None:
-    l1: L1[str] = L1(100, 100)
+    l1 = Values(100, 100)
     for key in (b"a", b"b", b"c"):
         assert l1.put(key, "x", 30) == 0
     assert l1.put(b"d", "x", 70) == 2
@@ -66,24 +94,39 @@ def test_what_is_larger_than_all_of_it_is_not_held_and_costs_nobody_a_place() ->
 
 
 def test_without_room_it_holds_nothing() -> None:
-    for l1 in (L1[str](0, 100), L1[str](100, 0)):
+    for l1 in (Values(0, 100), Values(100, 0)):
         assert l1.put(b"a", "a", 1) == 0
         assert l1.get(b"a") is None
         l1.drop(b"a")
-        l1.drop_prefix(b"")
         assert (len(l1), l1.size_bytes) == (0, 0)
 
 
-def test_drop_prefix() -> None:
-    l1: L1[str] = L1(100, 100)
-    for key in (b"a:1", b"a:2", b"ab:1", b"b"):
-        l1.put(key, "x", 1)
-    l1.drop_prefix(b"a:")
-    assert len(l1) == l1.size_bytes == 2
-    l1.drop_prefix(b"")
-    assert len(l1) == l1.size_bytes == 0
-    l1.put(b"c", "c", 1)
-    assert l1.get(b"c") == "c"
+def test_clear() -> None:
+    l1 = filled("abc")
+    l1.l1.clear()
+    assert (len(l1), l1.size_bytes, l1.get(b"a")) == (0, 0, None)
+    assert l1.put(b"d", "d", 1) == 0
+
+
+def test_an_alias_goes_with_its_entry_and_with_no_other() -> None:
+    table: dict[str, Item] = {}
+    l1: L1[Item] = L1(2, 100)
+    for key in (b"a", b"b"):
+        l1.put(Item(key, key, 1))
+        entry = l1.get(key)
+        assert entry is not None
+        for _ in range(2):
+            entry.alias(table, f"alias of {key.decode()}")
+    assert table.keys() == {"alias of a", "alias of b"}
+    l1.drop(b"b")
+    assert table.keys() == {"alias of a"}
+    successor = Item(b"c", "c", 1)
+    l1.put(successor)
+    successor.alias(table, "alias of a")  # leads elsewhere now
+    l1.drop(b"a")
+    assert table == {"alias of a": successor}
+    l1.put(Item(b"c", "newer", 1))
+    assert table == {}
 
 
 def test_sieve_spares_what_was_used_and_evicts_the_oldest_that_was_not() -> None:
@@ -113,7 +156,7 @@ def test_all_used_is_as_none_used() -> None:
 
 
 def test_a_scan_does_not_flush_what_is_used() -> None:
-    l1: L1[int] = L1(100, 10_000)
+    l1 = Values(100, 10_000)
     hot = [f"hot{n}".encode() for n in range(50)]
     for key in hot:
         l1.put(key, 1, 1)
@@ -127,7 +170,7 @@ def test_a_scan_does_not_flush_what_is_used() -> None:
 def test_it_hits_more_than_lru_on_a_skewed_load() -> None:
     """What SIEVE was chosen for; zipf-like requests with one-hit wonders between them."""
     rng = random.Random(7)
-    l1: L1[int] = L1(50, 10_000)
+    l1 = Values(50, 10_000)
     lru: OrderedDict[bytes, int] = OrderedDict()
     hits = lru_hits = 0
     for n in range(20_000):
@@ -202,15 +245,15 @@ steps = st.one_of(
 
 @given(st.integers(0, 5), st.integers(0, 20), st.lists(steps, max_size=80))
 def test_it_does_what_the_model_does(max_entries: int, max_bytes: int, script: list[tuple[object, ...]]) -> None:
-    l1: L1[int] = L1(max_entries, max_bytes)
+    l1 = Values(max_entries, max_bytes)
     model = Model(max_entries, max_bytes)
     for name, *args in script:
         assert getattr(l1, str(name))(*args) == getattr(model, str(name))(*args)
         assert len(l1) == len(model.entries) <= max_entries
         assert l1.size_bytes == sum(size for _, _, size in model.entries) <= max_bytes
-    chain, node = [], l1._oldest
+    chain, node = [], l1.l1._oldest
     while node is not None:
         chain.append(node.key)
         node = node.newer
     assert chain == model.keys()
-    assert set(chain) == set(l1._nodes)
+    assert set(chain) == set(l1.l1.snapshot())

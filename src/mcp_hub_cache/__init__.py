@@ -9,14 +9,17 @@
         await cache.set("plan:42", {"steps": []}, ttl=600)
         plan = await cache.get("plan:42")
 
-Importing this package imports neither redis nor pydantic; a cache that needs them does.
+Importing this package loads what decorating functions takes. The engine comes with the first cache, or the first name
+below that speaks of one; redis and pydantic with the cache that needs them.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from ._acached import Acached, acached
-from ._async_cache import MISSING, AsyncCache, Entry, MissingType
-from ._cache import Cache
+from ._async_cache import MISSING, AsyncCache, MissingType
 from ._exceptions import (
     CacheError,
     CircularLoadError,
@@ -27,10 +30,13 @@ from ._exceptions import (
     ValueTooLargeError,
     WrongLoopError,
 )
-from ._open import FileCache, MemoryCache, RedisCache, default_cache, open_cache
 from ._policy import FOREVER
-from ._protocols import Observer, Store
-from ._stats import CacheStatus, Stats
+
+if TYPE_CHECKING:
+    from ._answers import CacheStatus, Entry, Stats
+    from ._cache import Cache
+    from ._open import FileCache, MemoryCache, RedisCache, default_cache, open_cache
+    from ._protocols import Observer, Store
 
 __all__ = [
     "FOREVER",
@@ -60,3 +66,31 @@ __all__ = [
     "open_cache",
 ]
 __version__ = "0.1.0"
+
+_LATER = {
+    "Cache": "_cache",
+    "CacheStatus": "_answers",
+    "Entry": "_answers",
+    "FileCache": "_open",
+    "MemoryCache": "_open",
+    "Observer": "_protocols",
+    "RedisCache": "_open",
+    "Stats": "_answers",
+    "Store": "_protocols",
+    "default_cache": "_open",
+    "open_cache": "_open",
+}
+
+if not TYPE_CHECKING:  # a checker that saw it would take every misspelt name for one of ours
+
+    def __getattr__(name: str) -> object:
+        """Import what was left for later (PEP 562)."""
+        module = _LATER.get(name)
+        if module is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = globals()[name] = getattr(import_module(f".{module}", __name__), name)
+        return found
+
+    def __dir__() -> list[str]:
+        """All names, there or still to come."""
+        return sorted({*globals(), *_LATER})

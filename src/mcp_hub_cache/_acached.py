@@ -15,13 +15,15 @@ import inspect
 import sys
 from collections.abc import Callable, Coroutine, Iterable
 from types import FrameType
-from typing import Any, Concatenate, Final, ParamSpec, Protocol, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Protocol, Self, TypeVar, overload
 
 from ._async_cache import AsyncCache, MissingType, Seconds
 from ._bind import parameters_of
 from ._calls import HOW_TO_IDENTIFY, Calls, Options, Scope
 from ._policy import seconds
-from ._stats import Stats
+
+if TYPE_CHECKING:
+    from ._answers import Stats
 
 P = ParamSpec("P")
 P2 = ParamSpec("P2")
@@ -106,6 +108,7 @@ def acached(
     scope: Scope | None = None,
     version: str | int | None = None,
     cache_if: Callable[[Any], bool] | None = None,
+    share: bool = False,
 ) -> Decorator: ...
 def acached(
     func: Callable[..., Any] | None = None,
@@ -119,6 +122,7 @@ def acached(
     scope: Scope | None = None,
     version: str | int | None = None,
     cache_if: Callable[[Any], bool] | None = None,
+    share: bool = False,
 ) -> Any:
     """Cache what an async function returns, by its arguments.
 
@@ -139,6 +143,8 @@ def acached(
             arguments. Part of every key.
         version: Change it when the function's meaning changes: old entries are then no longer found.
         cache_if: Called with the result; false: it is returned, not stored.
+        share: Callers promise not to change results, and may be handed the same object as others: a hit in the near
+            cache then costs no decoding. Without it every caller gets a copy of its own.
 
     Raises:
         TypeError: *func* is not an async function that can be cached; the message says what to do.
@@ -157,6 +163,7 @@ def acached(
         scope=scope,
         version=version,
         cache_if=cache_if,
+        share=share,
     )
     options.check()
     if func is not None:
@@ -226,9 +233,10 @@ def _is_method(func: Any) -> bool:
 
 
 def _wrapper(func: Callable[..., Any], calls: Calls) -> Any:
-    @functools.wraps(func)
-    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+    async def any_call(*args: Any, **kwargs: Any) -> Any:
         return await calls.call(args, kwargs)
+
+    wrapper: Any = functools.wraps(func)(calls.shortcut() or any_call)
 
     async def bypass(*args: Any, **kwargs: Any) -> Any:
         return await func(*args, **kwargs)

@@ -6,16 +6,14 @@ The docstrings here are the contract; ``Cache`` inherits them.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, Self, TypeVar, overload, runtime_checkable
-
-from ._protocols import Observer
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self, TypeVar, overload, runtime_checkable
 
 if TYPE_CHECKING:
-    from ._stats import CacheStatus
+    from ._answers import CacheStatus, Entry
+    from ._protocols import Observer
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -43,27 +41,6 @@ class MissingType(Enum):
 
 MISSING: Final = MissingType.MISSING
 """Says "nothing is there" where None is a value: pass it as ``default`` to tell a cached None from a miss."""
-
-
-@dataclass(frozen=True, slots=True)
-class Entry(Generic[T]):
-    """A cached value with what is known of it. Times are seconds since the epoch on the store's clock.
-
-    Attributes:
-        value: The value; a copy of the caller's own.
-        created: When it was stored.
-        fresh_until: When it stops being fresh; ``math.inf``: never.
-        keep_until: When the store may drop it; ``math.inf``: never.
-        load_cost: Seconds its load took; 0: not loaded, or unknown.
-        tier: Where it was found: l1, or the store's name.
-    """
-
-    value: T
-    created: float
-    fresh_until: float
-    keep_until: float
-    load_cost: float
-    tier: str
 
 
 @runtime_checkable
@@ -167,6 +144,7 @@ class AsyncCache(Protocol):
         as_type: object = Any,
         cache_if: Callable[[T], bool] | None = None,
         refresh: bool = False,
+        share: bool = False,
         label: str | None = None,
         owner: str | None = None,
         observer: Observer | None = None,
@@ -185,13 +163,15 @@ class AsyncCache(Protocol):
                 returned, not stored.
             cache_if: Called with the result; false: it is returned, not stored.
             refresh: Load even if there is a fresh value. Shares only loads whose loader was not called yet.
+            share: Every caller who says so promises not to change the value, and may be handed the same object as
+                others: hits in the near cache and joined loads then cost no decoding.
             label: What errors, logs and task names call this load; None: the key.
             owner: Marks the entry, so that ``clear(owner=…)`` finds it.
             observer: Hears of this call too.
 
         Returns:
             The value. The leader gets what *loader* returned; the others get copies of their own, unless it is
-            immutable or can't be stored.
+            immutable, shared, or can't be stored.
 
         Raises:
             CircularLoadError: This call is made inside a load that the wanted one waits for.

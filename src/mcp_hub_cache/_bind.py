@@ -15,10 +15,11 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from inspect import Parameter
+from keyword import iskeyword
 from string import Formatter
-from types import FunctionType
+from types import FunctionType, MappingProxyType
 from typing import Any, Final
 from uuid import UUID
 
@@ -72,19 +73,46 @@ def bind(func: Callable[..., object], *, ignore: Iterable[str] = (), skip_first:
     Raises:
         ValueError: *ignore* names something that is no parameter.
     """
-    parameters = parameters_of(func)
     names = bound_names(func, ignore=ignore, skip_first=skip_first)
-    source = f"def bound({_head(parameters)}):\n    return ({''.join(f'{name}, ' for name in names)})"
+    binder: Binder = define(func, f"    return ({''.join(f'{name}, ' for name in names)})")
+    return binder
+
+
+def define(
+    func: Callable[..., object],
+    body: str,
+    means: Mapping[str, object] = MappingProxyType({}),
+    *,
+    asynchronous: bool = False,
+) -> Any:
+    """Return a new function of *body* that has the name, the globals and the signature of *func*.
+
+    Args:
+        func: The function to be like. Its defaults are taken by reference.
+        body: Source, indented by four spaces. May name the parameters, and what *means* names.
+        means: What names in *body* stand for; no parameter may have one of them.
+        asynchronous: Make it ``async def``.
+    """
+    parameters = parameters_of(func)
+    name = getattr(func, "__name__", "")
+    name = name if name.isidentifier() and not iskeyword(name) and name not in means else "call"
+    lines = [
+        f"def make({', '.join(means)}):",
+        f"  {'async ' if asynchronous else ''}def {name}({_head(parameters)}):",
+        *body.splitlines(),
+        f"  return {name}",
+    ]
     made: dict[str, Any] = {}
-    exec(compile(source, "<mcp_hub_cache binder>", "exec"), {"__builtins__": {}}, made)  # noqa: S102  # names alone
-    binder: FunctionType = made["bound"]
+    source = compile("\n".join(lines), "<mcp_hub_cache>", "exec")
+    exec(source, getattr(func, "__globals__", {}), made)  # noqa: S102  # of names of parameters and our own text
+    function: FunctionType = made["make"](**means)
     positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
     given = [parameter for parameter in parameters if parameter.default is not Parameter.empty]
-    binder.__defaults__ = tuple(parameter.default for parameter in given if parameter.kind in positional) or None
-    binder.__kwdefaults__ = {each.name: each.default for each in given if each.kind is Parameter.KEYWORD_ONLY}
+    function.__defaults__ = tuple(parameter.default for parameter in given if parameter.kind in positional) or None
+    function.__kwdefaults__ = {each.name: each.default for each in given if each.kind is Parameter.KEYWORD_ONLY}
     # A wrong call is reported in the function's name.
-    binder.__name__, binder.__qualname__ = getattr(func, "__name__", "function"), _name(func)
-    return binder
+    function.__name__, function.__qualname__ = getattr(func, "__name__", "function"), _name(func)
+    return function
 
 
 def _name(func: Callable[..., object]) -> str:

@@ -6,22 +6,29 @@ Docstrings stand once, on the protocol ``AsyncCache``, and are inherited.
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Hashable, Iterable, Mapping
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
 
-from ._async_cache import AsyncCache, Entry, Loader, Seconds
+from ._async_cache import AsyncCache, Loader, Seconds
+from ._blake import blake2b
 from ._classes import NOTHING, ClassSet, as_class_set
 from ._engine import Engine
+from ._flight import Flight
 from ._keys import KeySpace
+from ._l1 import NOT_SHARED
 from ._load import Loads, Plan
+from ._near import Near
 from ._policy import seconds
 from ._protocols import Evicting, Observer, Store, StoreState, Switching
-from ._stats import CacheStatus, Counters, Stats
+from ._shortcut import Shortcut
+from ._stats import Counters
 from ._upkeep import Upkeep
 from ._writes import Writes
+
+if TYPE_CHECKING:
+    from ._answers import CacheStatus, Entry, Stats
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -68,6 +75,10 @@ class Cache(AsyncCache):
         self._max_key_length = _whole(max_key_length, "max_key_length", least=1, most=_MAX_KEY_LENGTH)
         self._space = KeySpace(prefix, namespace)
         self._counters = Counters()
+        # A shortcut tells no observer.
+        self._has_shortcuts = observer is None
+        self._names = Shortcut()
+        self.adopt(self._names)
         self._engine = Engine(
             store,
             timeout=seconds(timeout, "timeout"),
@@ -102,6 +113,16 @@ class Cache(AsyncCache):
         """What was counted since the cache was made, over all its namespaces. Costs nothing."""
         return self._counters.snapshot()
 
+    def adopt(self, shortcut: Shortcut) -> bool:
+        """Count the hits that are had by *shortcut*; False: there are to be none, since an observer must hear all."""
+        if self._has_shortcuts:
+            self._counters.listen(shortcut)
+        return self._has_shortcuts
+
+    def abandon(self, shortcut: Shortcut) -> None:
+        """Keep what *shortcut* has counted, and count it no more."""
+        self._counters.leave(shortcut)
+
     def _key(self, key: str) -> bytes:
         return self._space.entry(key, self._max_key_length)
 
@@ -118,8 +139,21 @@ class Cache(AsyncCache):
     async def get(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, key: str, default: object = None, *, as_type: object = Any
     ) -> Any:
+        names = self._names
+        near: Near | None = names.table.get(key) if type(key) is str else None
+        if near is not None and near.holds():
+            value = near.value if near.value is not NOT_SHARED else near.read(_classes(as_type))
+            if value is not NOT_SHARED:
+                near.visited = True
+                names.hits += 1
+                names.saved += near.cost
+                return value
         hit = await self._engine.read(self._key(key), _classes(as_type))
-        return default if hit is None else hit.value
+        if hit is None:
+            return default
+        if hit.near is not None and self._has_shortcuts:
+            hit.near.alias(names.table, key)
+        return hit.value
 
     async def get_many(self, keys: Iterable[str], *, as_type: object = Any) -> dict[str, Any]:
         names = {self._key(key): key for key in _several(keys)}
@@ -130,6 +164,8 @@ class Cache(AsyncCache):
         hit = await self._engine.read(self._key(key), _classes(as_type))
         if hit is None:
             return None
+        from ._answers import Entry  # noqa: PLC0415  # see there
+
         head = hit.head
         return Entry(hit.value, head.created, head.fresh_until, head.keep_until, head.cost, hit.tier)
 
@@ -175,23 +211,60 @@ class Cache(AsyncCache):
         as_type: object = Any,
         cache_if: Callable[[T], bool] | None = None,
         refresh: bool = False,
+        share: bool = False,
         label: str | None = None,
         owner: str | None = None,
         observer: Observer | None = None,
     ) -> T:
-        observers = self._engine.observers
-        plan = Plan(
+        plan = self.plan(
             name=label if label is not None else repr(key)[:80],
             label=label if label is not None else "a get_or_load",
+            ttl=ttl,
+            as_type=as_type,
+            cache_if=cache_if,
+            refresh=refresh,
+            share=share,
+            owner=owner,
+            observer=observer,
+        )
+        return await self.load(key, loader, plan)
+
+    def plan(
+        self,
+        *,
+        name: str,
+        label: str,
+        ttl: Seconds | None,
+        as_type: object,
+        cache_if: Callable[[Any], bool] | None,
+        refresh: bool,
+        share: bool,
+        owner: str | None,
+        observer: Observer | None,
+        shortcut: Shortcut | None = None,
+    ) -> Plan:
+        """Return checked options for ``load``: for who uses the same ones again and again. See ``get_or_load``."""
+        observers = self._engine.observers
+        return Plan(
+            name=name,
+            label=label,
             ttl=self._ttl(ttl),
             classes=_classes(as_type),
             cache_if=cache_if,
             refresh=refresh,
+            share=share,
             owner=None if owner is None else _owner(owner),
             observers=observers if observer is None else (*observers, observer),
+            shortcut=shortcut,
         )
-        value: T = await self._loads.load(self._key(key), loader, plan)
-        return value
+
+    def load(self, key: str, loader: Loader[T], plan: Plan, name: Hashable = None) -> Coroutine[Any, Any, T]:
+        """``get_or_load`` by a plan. *name* stands for *key* in the plan's shortcut; None: nothing does."""
+        return self._loads.load(self._key(key), loader, plan, name)
+
+    def join(self, flight: Flight, plan: Plan) -> Coroutine[Any, Any, Any] | None:
+        """Return what waits for *flight*, found by a shortcut; None: it is another event loop's."""
+        return self._loads.join(flight, plan) if self._loads.is_here(flight) else None
 
     async def keys(self, prefix: str = "") -> AsyncGenerator[str, None]:
         async with aclosing(self._upkeep.scan(self._entries(prefix))) as keys:
@@ -215,12 +288,16 @@ class Cache(AsyncCache):
     def with_namespace(self, namespace: str) -> Cache:
         view = copy.copy(self)
         view._space = KeySpace(self._space.prefix, namespace)
+        view._names = Shortcut()
+        view.adopt(view._names)
         return view
 
     async def health_check(self) -> bool:
         return (await self._upkeep.ping()).state == "healthy"
 
     async def status(self) -> CacheStatus:
+        from ._answers import CacheStatus  # noqa: PLC0415  # see there
+
         state: StoreState = await self._upkeep.ping()
         facts = await self._upkeep.facts()
         if state.state in ("healthy", "degraded"):
@@ -267,7 +344,7 @@ def _several(keys: Iterable[str]) -> Iterable[str]:
 
 
 def _owner(owner: str) -> bytes:
-    return hashlib.blake2b(owner.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return blake2b(owner.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _whole(value: int, what: str, *, least: int = 0, most: int | None = None) -> int:

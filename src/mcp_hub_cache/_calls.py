@@ -15,20 +15,26 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Hashable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ._async_cache import MISSING, AsyncCache
 from ._bind import bind, bound_names, template
 from ._classes import ClassSet, return_annotation
 from ._identity import identify, own_key
 from ._keys import KeySpace, argument_bytes, digest, function_name, namer
+from ._shortcut import Shortcut, generate, name_of
 from ._stats import Counters
+
+if TYPE_CHECKING:
+    from ._cache import Cache
+    from ._load import Plan
 
 log = logging.getLogger("mcp_hub_cache")
 
+_UNSET: Final = object()
 Scope = str | int | ContextVar[Any] | Callable[..., object]
 HOW_TO_IDENTIFY: Final = (
     "say how its instances are identified: give it a `__cache_key__` attribute, property or method whose value tells "
@@ -36,8 +42,7 @@ HOW_TO_IDENTIFY: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class Options(NamedTuple):
     """What ``acached`` was given; see there."""
 
     ttl: float | None
@@ -48,6 +53,7 @@ class Options:
     scope: Scope | None
     version: str | int | None
     cache_if: Callable[[Any], bool] | None
+    share: bool
 
     def check(self) -> None:
         """Raise ``TypeError`` or ``ValueError`` for what can't be."""
@@ -67,6 +73,14 @@ class Options:
             raise TypeError(f"cache_if must be a function of the result, not {type(self.cache_if).__name__}")
         if inspect.iscoroutinefunction(self.cache_if):
             raise TypeError("cache_if must be a plain function: nothing is awaited for its answer")
+
+
+class _Plans(NamedTuple):
+    """How a function is called through a cache of ours."""
+
+    cache: Cache
+    load: Plan
+    refresh: Plan
 
 
 class _Uncached(Exception):  # noqa: N818  # control flow within this module
@@ -90,6 +104,10 @@ class Calls:
         self._makes_cache = not isinstance(options.cache, AsyncCache)  # asked once: it is slow
         self._parameters = bound_names(func, ignore=options.ignore, skip_first=is_method)
         self._bind = bind(func, ignore=options.ignore, skip_first=is_method)
+        self._shortcut = Shortcut()
+        self._count_no_more: weakref.finalize[Any, Any] | None = None
+        self._plans: _Plans | None = None
+        self.counters.listen(self._shortcut)
         self._template: Callable[..., str] | None = None
         if isinstance(options.key, str):
             self._template = template(options.key, func, skip_first=is_method)
@@ -139,12 +157,83 @@ class Calls:
             cache: AsyncCache = await default_cache()
         else:
             cache = given() if self._makes_cache else given
+        if cache is not self._shortcut.cache:
+            self._lead_to(cache)
+        return self._view(cache)
+
+    def _view(self, cache: AsyncCache) -> AsyncCache:
         if self.options.namespace is None:
             return cache
         view = self._views.get(id(cache))
         if view is None or view[0] is not cache:
             view = self._views[id(cache)] = (cache, cache.with_namespace(self.options.namespace))
         return view[1]
+
+    # The shortcut
+
+    def shortcut(self) -> Callable[..., Any] | None:
+        """A wrapper that takes the shortcut to the near cache (``_shortcut``); None: there is none."""
+        options = self.options
+        scope = options.scope if isinstance(options.scope, ContextVar) else None
+        asks_more = self.is_method or callable(options.key) or callable(options.scope)
+        if asks_more or (self._makes_cache and options.cache is not None):
+            return None
+        return generate(
+            self.func,
+            self._call_by_name,
+            self._shortcut,
+            ignore=options.ignore,
+            scope=scope,
+            classes=lambda: self.classes,
+            share=options.share,
+            default=options.cache is None,
+        )
+
+    def _lead_to(self, cache: AsyncCache) -> None:
+        """Let the shortcut lead to *cache*, and no longer to another."""
+        self._shortcut.lead_to(cache)
+        if self._count_no_more is not None:
+            self._count_no_more()
+            self._count_no_more = None
+        self._plans = None
+        from ._cache import Cache  # noqa: PLC0415  # decorating needs no engine, calling does
+
+        if not isinstance(cache, Cache):
+            return
+        view = self._view(cache)
+        assert isinstance(view, Cache)
+        if counted := cache.adopt(self._shortcut):
+            # Functions come and go; what they have counted is kept, and nothing else of them.
+            self._count_no_more = weakref.finalize(self, cache.abandon, self._shortcut)
+            self._count_no_more.atexit = False
+        make = functools.partial(
+            view.plan,
+            name=self.readable,
+            label=self.readable,
+            ttl=self.options.ttl,
+            as_type=self.classes,
+            cache_if=self.options.cache_if,
+            share=self.options.share,
+            owner=self._owner,
+            observer=self.counters,
+        )
+        self._plans = _Plans(
+            view, make(refresh=False, shortcut=self._shortcut if counted else None), make(refresh=True)
+        )
+
+    async def _call_by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The full path, by which shortcuts are found."""
+        await self.cache()
+        if (plans := self._plans) is None:
+            return await self.call(args, kwargs)
+        values = self._bind(*args, **kwargs)
+        scope = self.options.scope
+        name = name_of((scope.get(_UNSET), *values) if isinstance(scope, ContextVar) else values)
+        if name is not None and (flight := self._shortcut.flights.get(name)) is not None:
+            joined = plans.cache.join(flight, plans.load)
+            if joined is not None:
+                return await joined
+        return await self.call(args, kwargs, name=name)
 
     # Keys
 
@@ -207,25 +296,35 @@ class Calls:
 
     # Calls
 
-    async def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, refresh: bool = False) -> Any:
-        """The cached call."""
+    async def call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, refresh: bool = False, name: Hashable = None
+    ) -> Any:
+        """The cached call. *name* stands for its arguments in the shortcut; None: nothing does."""
         try:
             key = self.key(args, kwargs)
         except _Uncached as reason:
             self._said_uncached(reason)
             return await self.func(*args, **kwargs)
         cache = await self.cache()
+        loader = functools.partial(self.func, *args, **kwargs)
+        if (plans := self._plans) is not None:
+            return await plans.cache.load(key, loader, plans.refresh if refresh else plans.load, name)
         return await cache.get_or_load(
             key,
-            functools.partial(self.func, *args, **kwargs),
+            loader,
             ttl=self.options.ttl,
             as_type=self.classes,
             cache_if=self.options.cache_if,
             refresh=refresh,
+            share=self.options.share,
             label=self.readable,
-            owner=self.identity if self.options.key is not None else None,
+            owner=self._owner,
             observer=self.counters,
         )
+
+    @property
+    def _owner(self) -> str | None:
+        return self.identity if self.options.key is not None else None
 
     async def invalidate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Remove the entry of a call."""

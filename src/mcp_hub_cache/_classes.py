@@ -20,9 +20,7 @@ import sys
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import lru_cache
-from hashlib import blake2b
 from inspect import unwrap
 from types import MappingProxyType, ModuleType, UnionType
 from typing import (
@@ -39,6 +37,7 @@ from typing import (
     get_origin,
 )
 
+from ._blake import blake2b
 from ._shapes import Shape, is_pydantic, shape_of
 
 _MAX_STEPS: Final = 20_000
@@ -53,7 +52,6 @@ class Scope(NamedTuple):
     localns: Mapping[str, object]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class ClassSet:
     """The classes that may be revived under one annotation.
 
@@ -65,11 +63,24 @@ class ClassSet:
         unresolved: Names in the annotation itself (not in its classes' fields) that could not be looked up.
     """
 
-    text: str
-    fingerprint: str
-    by_type: Mapping[type, tuple[str, Shape]] = field(repr=False)
-    by_id: Mapping[str, Shape] = field(repr=False)
-    unresolved: tuple[str, ...] = ()
+    __slots__ = ("by_id", "by_type", "fingerprint", "text", "unresolved")
+
+    def __init__(
+        self,
+        text: str,
+        fingerprint: str,
+        by_type: Mapping[type, tuple[str, Shape]],
+        unresolved: tuple[str, ...] = (),
+    ) -> None:
+        self.text = text
+        self.fingerprint = fingerprint
+        self.by_type = MappingProxyType(by_type)
+        self.by_id = MappingProxyType(dict(by_type.values()))
+        self.unresolved = unresolved
+
+    def __repr__(self) -> str:
+        """What it was made from."""
+        return f"ClassSet({self.text!r})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ClassSet):
@@ -85,8 +96,7 @@ class ClassSet:
         return tuple(self.by_type)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Returned:
+class Returned(NamedTuple):
     """What a function says it returns. *problem* says why it could not be evaluated; *annotation* is then its text."""
 
     annotation: object
@@ -273,9 +283,8 @@ def _close(text: str, shapes: Mapping[type, Shape], unresolved: tuple[str, ...])
     names = [name for name, _ in by_type.values()]
     # Two classes that nothing tells apart (made by one function, called twice): neither may be revived as the other.
     by_type = {cls: entry for cls, entry in by_type.items() if names.count(entry[0]) == 1}
-    by_id = dict(by_type.values())
     digest = blake2b("\0".join((text, *sorted(names))).encode("utf-8", "surrogatepass"), digest_size=16)
-    return ClassSet(text, digest.hexdigest(), MappingProxyType(by_type), MappingProxyType(by_id), unresolved)
+    return ClassSet(text, digest.hexdigest(), by_type, unresolved)
 
 
 @lru_cache(maxsize=64)

@@ -18,16 +18,14 @@ Rules:
 from __future__ import annotations
 
 from datetime import date, datetime, time, timedelta
-from decimal import Decimal
 from math import isfinite
 from typing import Any, Final
-from uuid import UUID
 
 from ._classes import NOTHING, ClassSet
 from ._exceptions import UncacheableError
 from ._revive import Reviver
 from ._shapes import Refusal
-from ._tagged import INF, MAX_CONTAINERS, MAX_DEPTH, Tagger, dumps, find_in, loads
+from ._tagged import INF, MAX_CONTAINERS, MAX_DEPTH, Tagger, dumps, find_in, late, loads
 
 PLAIN: Final = 1
 RICH: Final = 2
@@ -36,8 +34,9 @@ BYTES: Final = 3
 _SCALARS: Final = frozenset((str, int, bool, type(None)))
 _FLOAT: Final = frozenset((float,))
 _IMMUTABLE: Final = frozenset(
-    (str, int, bool, type(None), float, bytes, complex, date, datetime, time, timedelta, UUID, Decimal, range)
+    (str, int, bool, type(None), float, bytes, complex, date, datetime, time, timedelta, range)
 )
+_LATE_IMMUTABLE: Final = {"UUID": "uuid", "Decimal": "decimal"}
 
 
 class DecodeError(ValueError):
@@ -159,4 +158,5 @@ def is_immutable(value: Any, depth: int = 4) -> bool:
         return True
     if kind is tuple or kind is frozenset:
         return depth > 0 and all(is_immutable(item, depth - 1) for item in value)
-    return False
+    module = _LATE_IMMUTABLE.get(kind.__name__)
+    return module is not None and kind is late(module, kind.__name__)

@@ -13,19 +13,21 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
+from ._blake import blake2b
 from ._classes import ClassSet
-from ._codec import DecodeError, decode, is_immutable
+from ._codec import DecodeError, decode
+from ._direct import Direct
 from ._exceptions import StoreError
 from ._flight import Flights
 from ._frame import Frame, FrameError, Head, Kind, unpack, unpack_head
-from ._l1 import L1
+from ._l1 import L1, NOT_SHARED
 from ._lifetime import PerLoop
 from ._lines import Lines
+from ._near import Near
 from ._placeholders import Placeholders
 from ._policy import Freshness, freshness
 from ._protocols import Coherent, Monitored, Observer, Store
@@ -34,9 +36,9 @@ T = TypeVar("T")
 
 log = logging.getLogger("mcp_hub_cache")
 
-_NOT_SHARED: Final = object()
 _MAX_WARNED: Final = 1000
 CHUNK: Final = 128  # of a call with many keys: each chunk has the deadline to itself
+_SLICE: Final = 2000  # entries of L1 looked at before the loop may turn
 
 
 class Hit(NamedTuple):
@@ -45,12 +47,7 @@ class Hit(NamedTuple):
     value: Any
     head: Head
     tier: str
-
-
-class _Near(NamedTuple):
-    frame: Frame
-    stamp: int
-    shared: Any  # the value, where it is immutable
+    near: Near | None = None  # of L1
 
 
 class Session:
@@ -58,9 +55,11 @@ class Session:
 
     __slots__ = ("flights", "l1", "lines", "placeholders", "tasks")
 
-    def __init__(self, lines: Lines, l1: L1[_Near], placeholders: Placeholders) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, lines: Lines | Direct, l1: L1[Near], placeholders: Placeholders
+    ) -> None:
         self.lines = lines
-        self.flights = Flights()
+        self.flights = Flights(loop)
         self.l1 = l1
         self.placeholders = placeholders
         self.tasks: set[asyncio.Task[Any]] = set()
@@ -69,6 +68,16 @@ class Session:
         """Let go of what is known of *key*: it changes now. Loads in progress serve those who wait, and no one else."""
         self.flights.detach(key)
         self.l1.drop(key)
+
+    async def drop_prefix(self, prefix: bytes) -> None:
+        """Drop every key that begins with *prefix* from L1, in slices."""
+        keys = self.l1.snapshot()
+        for start in range(0, len(keys), _SLICE):
+            for key in keys[start : start + _SLICE]:
+                if key.startswith(prefix):
+                    self.l1.drop(key)
+            if start + _SLICE < len(keys):
+                await asyncio.sleep(0)
 
     def run(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start *work* in a task that goes on if its caller is cancelled, and ends with the session."""
@@ -94,7 +103,8 @@ class Engine:
         self.observers = observers
         self.timeout = timeout
         self._l1_size = (l1_max_entries, l1_max_bytes)
-        self._stamp = store.stamp if isinstance(store, Coherent) and all(self._l1_size) else None
+        # None: there is no L1. Looked at once, since isinstance with a protocol is slow.
+        self._slot = store.slot if isinstance(store, Coherent) and all(self._l1_size) else None
         self.monitored = store if isinstance(store, Monitored) else None
         self._warned: set[str] = set()
         self._sessions: PerLoop[Session] = PerLoop(self._open, owner=f"this {store.name} cache", close=self._close)
@@ -103,8 +113,12 @@ class Engine:
         self._get_groups = self._ask_groups
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> Session:
-        lines = Lines(loop, self.store.lane, deadline=self.timeout)
-        return Session(lines, L1(*self._l1_size), Placeholders(self.store, lines, self.trouble))
+        lines: Lines | Direct
+        if "immediate" in vars(type(self.store)):  # of the class itself: one derived from it may do otherwise
+            lines = Direct(loop)
+        else:
+            lines = Lines(loop, self.store.lane, deadline=self.timeout)
+        return Session(loop, lines, L1(*self._l1_size), Placeholders(self.store, lines, self.trouble))
 
     async def _close(self, session: Session) -> None:
         await session.placeholders.aclose()
@@ -115,6 +129,7 @@ class Engine:
             task.cancel()
         await asyncio.gather(*session.tasks, return_exceptions=True)
         await session.lines.aclose()
+        session.l1.clear()
         await self.store.aclose()
 
     def session(self) -> Session:
@@ -138,20 +153,39 @@ class Engine:
         tell_read(hit, self.observers)
         return hit
 
-    async def look_up(self, session: Session, key: bytes, classes: ClassSet) -> tuple[Hit | None, bool]:
+    async def look_up(
+        self, session: Session, key: bytes, classes: ClassSet, *, share: bool = False
+    ) -> tuple[Hit | None, bool]:
         """As ``read``, uncounted; and whether the store could be asked at all."""
-        stamp = None if self._stamp is None else self._stamp(key)
-        if stamp is not None and (near := session.l1.get(key)) is not None:
-            hit = self._near(near, stamp, classes)
-            if hit is not None:
+        near: Near | None = None
+        if self._slot is not None:
+            if (hit := self._hit_near(session, key, classes, share=share)) is not None:
                 return hit, True
-            session.l1.drop(key)
+            near = self._expect(key)
         try:
             data = await session.lines.read(self._get, key, key)
         except StoreError as error:
             self.trouble(error)
             return None, False
-        return self.accept(session, key, data, classes, stamp), True
+        return self.accept(session, key, data, classes, near), True
+
+    def _hit_near(self, session: Session, key: bytes, classes: ClassSet, *, share: bool = False) -> Hit | None:
+        near = session.l1.get(key)
+        if near is None:
+            return None
+        if near.holds():
+            value = near.share(classes) if share else near.read(classes)
+            if value is not NOT_SHARED:
+                return Hit(value, near.head, "l1", near)
+        session.l1.drop(key)
+        return None
+
+    def _expect(self, key: bytes) -> Near | None:
+        """An empty entry for what is about to be read; None where nothing tells of changes now."""
+        slot = None if self._slot is None else self._slot(key)
+        if slot is None or (word := slot.changes.words[slot.at]) & 1:
+            return None
+        return Near(key, slot.changes, slot.at, word)
 
     async def read_many(self, keys: Sequence[bytes], classes: ClassSet) -> dict[bytes, Hit]:
         """Return the fresh entries among *keys*."""
@@ -167,20 +201,20 @@ class Engine:
     async def _read_chunk(
         self, session: Session, keys: Sequence[bytes], classes: ClassSet, hits: dict[bytes, Hit]
     ) -> None:
-        stamps: dict[bytes, int | None] = {}
-        for key in keys:
-            stamps[key] = stamp = None if self._stamp is None else self._stamp(key)
-            near = session.l1.get(key) if stamp is not None else None
-            hit = None if near is None or stamp is None else self._near(near, stamp, classes)
-            if hit is not None:
-                hits[key] = hit
+        expected: dict[bytes, Near | None] = {}
+        if self._slot is not None:
+            for key in keys:
+                if (hit := self._hit_near(session, key, classes)) is not None:
+                    hits[key] = hit
+                else:
+                    expected[key] = self._expect(key)
         parts = session.lines.read_groups(self._get_groups, [key for key in keys if key not in hits])
         for (part, _), answer in zip(parts, await every([future for _, future in parts]), strict=True):
             if isinstance(answer, StoreError):
                 self.trouble(answer)
                 continue
             for key, data in zip(part, answer, strict=True):
-                hit = self.accept(session, key, data, classes, stamps[key])
+                hit = self.accept(session, key, data, classes, expected.get(key))
                 if hit is not None:
                     hits[key] = hit
 
@@ -189,21 +223,13 @@ class Engine:
         ends = iter(answers)
         return [[next(ends) for _ in group] for group in groups]
 
-    def _near(self, near: _Near, stamp: int, classes: ClassSet) -> Hit | None:
-        head = near.frame.head
-        if near.stamp != stamp or not self._is_fresh(head):
-            return None
-        if near.shared is not _NOT_SHARED:
-            return Hit(near.shared, head, "l1")
-        try:
-            return Hit(decode(head.codec, near.frame.payload, classes), head, "l1")
-        except DecodeError:
-            return None  # stored for other classes: let the full path say so
-
     def accept(
-        self, session: Session, key: bytes, data: bytes | None, classes: ClassSet, stamp: int | None
+        self, session: Session, key: bytes, data: bytes | None, classes: ClassSet, near: Near | None
     ) -> Hit | None:
-        """Verify what the store said to be under *key*; only a fresh, intact entry of that very key is a hit."""
+        """Verify what the store said to be under *key*; only a fresh, intact entry of that very key is a hit.
+
+        *near*, made before the store was asked, is filled with it and put in L1.
+        """
         frame = self.fresh_frame(key, data)
         if frame is None:
             return None
@@ -212,9 +238,9 @@ class Engine:
         except DecodeError as error:
             self._damaged(key, "undecodable", error)
             return None
-        if stamp is not None and data is not None:
-            shared = value if is_immutable(value) else _NOT_SHARED
-            evicted = session.l1.put(key, _Near(frame, stamp, shared), len(key) + len(data))
+        if near is not None:
+            near.fill(frame, value, frame.head.fresh_until - self.store.now())
+            evicted = session.l1.put(near)
             if evicted:
                 self._tell_all(lambda observer: observer.eviction(evicted))
         return Hit(value, frame.head, self.store.name if self.monitored is None else self.monitored.serving)
@@ -266,7 +292,7 @@ class Engine:
 
     def _damaged(self, key: bytes, reason: str, error: Exception) -> None:
         self._tell_all(lambda observer: observer.error(reason))
-        digest = hashlib.blake2b(key, digest_size=8).hexdigest()
+        digest = blake2b(key, digest_size=8).hexdigest()
         hint = f" ({error}; was it stored with another as_type?)" if isinstance(error, DecodeError) else ""
         self.warn_once(f"{digest} {reason}", f"entry with key digest {digest} is {reason}{hint}; treated as a miss")
 

@@ -69,6 +69,15 @@ class StoreError(CacheError):
         self.cure = self.default_cure if cure is None else cure
         super().__init__(f"{message} {self.cure}".rstrip())
 
+    @staticmethod
+    def of(error: BaseException) -> StoreError:
+        """Return *error* if it is one, or else one that says what a store should not have raised."""
+        if isinstance(error, StoreError):
+            return error
+        unexpected = StoreError(f"unexpected {type(error).__name__} in the store.")
+        unexpected.__cause__ = error
+        return unexpected
+
 
 class StoreUnreachableError(StoreError):
     """Nothing answers there: refused, unknown host, no route, connection lost."""

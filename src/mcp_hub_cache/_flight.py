@@ -15,8 +15,9 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from contextvars import ContextVar
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -36,9 +37,11 @@ class Flight:
         parent: The live flight in whose context it was started.
         group: What several flights have in common that are detached together.
         landed: It is over.
+        aliases: Tables that lead to it by names of their own, as long as it can be joined.
     """
 
     __slots__ = (
+        "aliases",
         "anew",
         "begun",
         "detached",
@@ -68,12 +71,25 @@ class Flight:
         self.begun = False
         self.detached = False
         self.landed = False
+        self.aliases: list[tuple[dict[Any, Flight], Hashable]] | None = None
         self.task: asyncio.Task[None] | None = None
         self.waiters: set[asyncio.Future[None]] = set()
         self.waits_for: dict[Flight, int] = {}
         self.result: Any = None
         self.error: BaseException | None = None
         self.trace: TracebackType | None = None
+
+    def alias(self, table: dict[Any, Flight], name: Hashable) -> None:
+        """Let *table* lead from *name* to this flight as long as it can be joined."""
+        table[name] = self
+        self.aliases = [*(self.aliases or ()), (table, name)]
+
+    def drop_aliases(self) -> None:
+        """Let no table lead here any more."""
+        for table, name in self.aliases or ():
+            if table.get(name) is self:
+                del table[name]
+        self.aliases = None
 
     def route_to(self, goal: Flight) -> list[Flight] | None:
         """Return the chain of flights by which this one waits for *goal*, both included; None if it does not."""
@@ -89,10 +105,17 @@ class Flight:
         return None
 
 
+def _caller() -> Flight | None:
+    """The flight in whose context we run, if it is still under way."""
+    flight = _current.get()
+    return None if flight is None or flight.landed else flight
+
+
 class Flights:
     """The flights of one event loop, by key."""
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
         self._live: dict[bytes, Flight] = {}
         self._flights: set[Flight] = set()  # the detached ones too
 
@@ -100,11 +123,11 @@ class Flights:
         """How many can be joined."""
         return len(self._live)
 
-    def can_join(self, key: bytes) -> bool:
-        """Whether a load of *key* is in progress that later comers may share."""
-        return key in self._live
+    def joinable(self, key: bytes) -> Flight | None:
+        """The load of *key* in progress that later comers may share."""
+        return self._live.get(key)
 
-    async def run(
+    def board(
         self,
         key: bytes,
         name: str,
@@ -112,8 +135,8 @@ class Flights:
         *,
         anew: bool = False,
         group: object = None,
-    ) -> tuple[Any, bool]:
-        """Return what *work* yields, and whether it was this call's own work.
+    ) -> tuple[Flight, bool]:
+        """Return the flight to wait for, and whether it was started by this call.
 
         Args:
             key: What is loaded.
@@ -123,50 +146,39 @@ class Flights:
             anew: Join only a flight that is anew itself and has not begun yet; detach any other.
 
         Raises:
-            CircularLoadError: The caller runs inside a load that the flight to join waits for.
-            BaseException: What *work* raised, unchanged, in every waiter.
+            CircularLoadError: The caller runs inside a load of the same key.
+        """
+        flight = self._live.get(key)
+        if flight is not None and not (anew and (flight.begun or not flight.anew)):
+            return flight, False
+        caller = _caller()
+        if caller is not None:
+            self._refuse_descent(key, caller)
+        if flight is not None:
+            self.detach(key)
+        flight = self._live[key] = Flight(key, name, anew=anew, group=group, parent=caller, home=self)
+        flight.task = task = self._loop.create_task(self._fly(flight, work), name="mcp-hub-cache load")
+        self._flights.add(flight)
+        task.add_done_callback(partial(self._ended, flight))
+        return flight, True
+
+    async def wait(self, flight: Flight) -> Any:
+        """Return what *flight* yields.
+
+        Raises:
+            CircularLoadError: The caller runs inside a load that the flight waits for.
+            BaseException: What the work raised, unchanged, in every waiter.
 
         Cancellation:
             Only this caller leaves. If it was the last one, the work is cancelled.
         """
-        flight = self._live.get(key)
-        caller = _current.get()
-        if caller is not None and caller.landed:
-            caller = None
-        if flight is not None and anew and (flight.begun or not flight.anew):
-            self._refuse_descent(key, caller)
-            self.detach(key)
-            flight = None
-        leads = flight is None
-        if flight is None:
-            self._refuse_descent(key, caller)
-            flight = self._live[key] = Flight(key, name, anew=anew, group=group, parent=caller, home=self)
-        elif caller is not None and (route := flight.route_to(caller)) is not None:
-            raise _circle([caller, *route])
-        if flight.task is None:
-            flight.task = asyncio.create_task(self._fly(flight, work), name="mcp-hub-cache load")
-            self._flights.add(flight)
-            flight.task.add_done_callback(lambda _: self._ended(flight))
-        await self._wait(flight, caller)
-        if flight.error is not None:
-            # The trace as it was at landing: each waiter that raises the shared error would else lengthen it for all.
-            raise flight.error.with_traceback(flight.trace)
-        return flight.result, leads
-
-    def _refuse_descent(self, key: bytes, caller: Flight | None) -> None:
-        """Refuse a load inside one of the same key, detached or not: its loader would ask again, without end."""
-        chain: list[Flight] = []
-        while caller is not None and not caller.landed:
-            chain.append(caller)
-            if caller.key == key and caller.home is self:
-                raise _circle([*reversed(chain), caller])
-            caller = caller.parent
-
-    async def _wait(self, flight: Flight, caller: Flight | None) -> None:
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        flight.waiters.add(future)
+        caller = _caller()
         if caller is not None:
+            if flight.task is not None and (route := flight.route_to(caller)) is not None:
+                raise _circle([caller, *route])
             caller.waits_for[flight] = caller.waits_for.get(flight, 0) + 1
+        future: asyncio.Future[None] = self._loop.create_future()
+        flight.waiters.add(future)
         try:
             await future
         except asyncio.CancelledError:
@@ -182,6 +194,19 @@ class Flights:
                 caller.waits_for[flight] -= 1
                 if not caller.waits_for[flight]:
                     del caller.waits_for[flight]
+        if flight.error is not None:
+            # The trace as it was at landing: each waiter that raises the shared error would else lengthen it for all.
+            raise flight.error.with_traceback(flight.trace)
+        return flight.result
+
+    def _refuse_descent(self, key: bytes, caller: Flight | None) -> None:
+        """Refuse a load inside one of the same key, detached or not: its loader would ask again, without end."""
+        chain: list[Flight] = []
+        while caller is not None and not caller.landed:
+            chain.append(caller)
+            if caller.key == key and caller.home is self:
+                raise _circle([*reversed(chain), caller])
+            caller = caller.parent
 
     async def _fly(self, flight: Flight, work: Callable[[Flight], Awaitable[Any]]) -> None:
         _current.set(flight)
@@ -194,7 +219,7 @@ class Flights:
         else:
             self._land(flight, None)
 
-    def _ended(self, flight: Flight) -> None:
+    def _ended(self, flight: Flight, _: asyncio.Task[None]) -> None:
         self._flights.discard(flight)
         if flight.task is not None and not flight.task.cancelled():
             flight.task.exception()  # the waiters have it; asyncio need not warn of it
@@ -216,11 +241,13 @@ class Flights:
     def _drop(self, flight: Flight) -> None:
         if self._live.get(flight.key) is flight:
             del self._live[flight.key]
+            flight.drop_aliases()
 
     def detach(self, key: bytes) -> None:
         """Let later callers start a new load of *key*; the one in progress serves those who wait for it."""
-        flight = self._live.pop(key, None)
+        flight = self._live.get(key)
         if flight is not None:
+            self._drop(flight)
             flight.detached = True
 
     def detach_all(self, prefix: bytes, group: object = None) -> None:

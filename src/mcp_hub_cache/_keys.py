@@ -19,12 +19,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from hashlib import blake2b
 from inspect import unwrap
 from typing import Any, Final, NamedTuple
 
 from ._bind import Binder, bind, bound_names, template
+from ._blake import blake2b
 from ._classes import module_name
 from ._codec import is_plain, uncacheable
 from ._exceptions import InvalidKeyError, UncacheableError
@@ -48,9 +47,8 @@ __all__ = [
 MAX_KEY_LENGTH: Final = 1024
 MAX_ARGUMENT_DEPTH: Final = 100
 
-_NAMESPACE: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_PREFIX: Final = re.compile(r"""(?:(?![*?"'`\[\]\\])[!-~]){0,64}""")
-_UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.-]+")
+_NAMESPACE: Final = r"[A-Za-z0-9_.-]{1,64}"
+_PREFIX: Final = r"""(?:(?![*?"'`\[\]\\])[!-~]){0,64}"""
 _SCALARS: Final = frozenset((str, int, bool, type(None)))
 _DIGEST_SIZE: Final = 16
 _READABLE_LENGTH: Final = 100
@@ -58,7 +56,6 @@ _SHOWN: Final = 40
 _ADVICE: Final = "; leave it out with ignore=, or say with key= what stands for it"
 
 
-@dataclass(frozen=True, slots=True)
 class KeySpace:
     """The part of a store that is one cache's: everything under one prefix and namespace.
 
@@ -75,24 +72,26 @@ class KeySpace:
         ValueError: Prefix or namespace is not as above.
     """
 
-    prefix: str = "mcp_hub:"
-    namespace: str = "default"
-    root: bytes = field(init=False, repr=False, compare=False)
-    entries: bytes = field(init=False, repr=False, compare=False)
+    __slots__ = ("entries", "namespace", "prefix", "root")
 
-    def __post_init__(self) -> None:
-        for part in (self.prefix, self.namespace):
+    def __init__(self, prefix: str = "mcp_hub:", namespace: str = "default") -> None:
+        for part in (prefix, namespace):
             _as_str(part)
-        if not _NAMESPACE.fullmatch(self.namespace) or self.namespace in {".", ".."}:
-            raise ValueError(f"a namespace is 1 to 64 of A-Z a-z 0-9 _ . - (not . or ..), not {_show(self.namespace)}")
-        if not _PREFIX.fullmatch(self.prefix):
+        if not re.fullmatch(_NAMESPACE, namespace) or namespace in {".", ".."}:
+            raise ValueError(f"a namespace is 1 to 64 of A-Z a-z 0-9 _ . - (not . or ..), not {_show(namespace)}")
+        if not re.fullmatch(_PREFIX, prefix):
             raise ValueError(
                 "a key prefix is at most 64 printable ASCII characters without spaces, quotes, backslash or any of "
-                f"*?[], not {_show(self.prefix)}"
+                f"*?[], not {_show(prefix)}"
             )
-        root = f"{self.prefix}{self.namespace}:".encode("ascii")
-        object.__setattr__(self, "root", root)
-        object.__setattr__(self, "entries", root + b"e:")
+        self.prefix = prefix
+        self.namespace = namespace
+        self.root = f"{prefix}{namespace}:".encode("ascii")
+        self.entries = self.root + b"e:"
+
+    def __repr__(self) -> str:
+        """How to make it again."""
+        return f"KeySpace(prefix={self.prefix!r}, namespace={self.namespace!r})"
 
     def entry(self, name: str, max_length: int = MAX_KEY_LENGTH) -> bytes:
         """Return the store key of the entry *name*.
@@ -204,7 +203,7 @@ def function_name(func: Callable[..., object]) -> FunctionName:
     true_module = module_name(module) if isinstance(module, str) else ""
     # A script's true module is its path: for people, the file's name will do.
     shown = re.split(r"[/\\]", true_module)[-1].removesuffix(".py")
-    readable = _UNSAFE.sub("_", f"{shown}.{qualname.replace('.<locals>', '')}").strip("_.")
+    readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{shown}.{qualname.replace('.<locals>', '')}").strip("_.")
     return FunctionName(readable[-_READABLE_LENGTH:].lstrip("_.-"), f"{true_module}:{qualname}")
 
 

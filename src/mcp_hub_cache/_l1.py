@@ -1,73 +1,96 @@
-"""The near cache: what this process read lately, bounded by entries and bytes.
+"""The near cache's table: bounded by entries and bytes, and not flushed by a scan.
 
 Strategy: SIEVE (Zhang et al., "SIEVE is Simpler than LRU", NSDI 2024). Entries stand in the order they came; a hit
 sets a bit and moves nothing; the hand goes from old to new, takes the bit from those that have it and evicts the
 first that has none. A scan comes and goes without a bit, so it doesn't flush what is used; and a hit costs one
 attribute store, where LRU relinks.
 
-It knows nothing of freshness and coherence: the engine asks both of every hit.
+Other tables may lead to an entry by names of their own (a function's arguments): aliases, which go with the entry.
+
+It knows nothing of freshness and coherence: who takes an entry asks the entry for both (``_near``).
 """
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from collections.abc import Hashable
+from typing import Any, Final, Generic, TypeVar
 
-T = TypeVar("T")
+NOT_SHARED: Final = object()
+"""In place of an entry's value: there is none that may be handed to many."""
 
 
-class _Node(Generic[T]):
-    __slots__ = ("key", "newer", "older", "size", "value", "visited")
+class Node:
+    """An entry's place in the table; entries derive from it.
 
-    def __init__(self, key: bytes, value: T, size: int) -> None:
+    Attributes:
+        key: What it stands under.
+        size: Bytes it counts for.
+        visited: It was used since the hand last came by.
+    """
+
+    __slots__ = ("aliases", "key", "newer", "older", "size", "visited")
+
+    def __init__(self, key: bytes, size: int = 0) -> None:
         self.key = key
-        self.value = value
         self.size = size
         self.visited = False
-        self.newer: _Node[T] | None = None
-        self.older: _Node[T] | None = None
+        self.newer: Any = None
+        self.older: Any = None
+        self.aliases: list[tuple[dict[Any, Any], Hashable]] | None = None
+
+    def alias(self, table: dict[Any, Any], name: Hashable) -> None:
+        """Let *table* lead from *name* to this entry as long as L1 holds it."""
+        if table.get(name) is not self:
+            table[name] = self
+            self.aliases = [*(self.aliases or ()), (table, name)]
 
 
-class L1(Generic[T]):
-    """A bounded table from key to value.
+N = TypeVar("N", bound=Node)
+
+
+class L1(Generic[N]):
+    """A bounded table of entries.
 
     Args:
         max_entries: At most so many; 0: none, and everything else is a no-op.
-        max_bytes: At most so many bytes, as told by ``put``; 0: no entry either.
+        max_bytes: At most so many bytes, as the entries say; 0: no entry either.
     """
 
     def __init__(self, max_entries: int, max_bytes: int) -> None:
         self._max_entries = max_entries
         self._max_bytes = max_bytes
-        self._nodes: dict[bytes, _Node[T]] = {}
-        self._newest: _Node[T] | None = None
-        self._oldest: _Node[T] | None = None
-        self._hand: _Node[T] | None = None
+        self._nodes: dict[bytes, N] = {}
+        self._newest: N | None = None
+        self._oldest: N | None = None
+        self._hand: N | None = None
         self.size_bytes = 0
 
     def __len__(self) -> int:
         """Entries held."""
         return len(self._nodes)
 
-    def get(self, key: bytes) -> T | None:
-        """Return what was put under *key* and is still there, and mark it as used."""
+    def get(self, key: bytes) -> N | None:
+        """Return the entry under *key*, and mark it as used."""
         node = self._nodes.get(key)
-        if node is None:
-            return None
-        node.visited = True
-        return node.value
+        if node is not None:
+            node.visited = True
+        return node
 
-    def put(self, key: bytes, value: T, size: int) -> int:
-        """Hold *value*; answer how many others had to go for it. What is larger than the whole table is not held."""
-        self.drop(key)
-        if size > self._max_bytes or not self._max_entries:
+    def snapshot(self) -> list[bytes]:
+        """The keys held, oldest first."""
+        return list(self._nodes)
+
+    def put(self, node: N) -> int:
+        """Hold *node*; answer how many others had to go for it. What is larger than the whole table is not held."""
+        self.drop(node.key)
+        if node.size > self._max_bytes or not self._max_entries:
             return 0
         evicted = 0
-        while len(self._nodes) >= self._max_entries or self.size_bytes + size > self._max_bytes:
+        while len(self._nodes) >= self._max_entries or self.size_bytes + node.size > self._max_bytes:
             self._evict()
             evicted += 1
-        node = _Node(key, value, size)
-        self._nodes[key] = node
-        self.size_bytes += size
+        self._nodes[node.key] = node
+        self.size_bytes += node.size
         node.older = self._newest
         if self._newest is not None:
             self._newest.newer = node
@@ -82,12 +105,12 @@ class L1(Generic[T]):
         if node is not None:
             self._unlink(node)
 
-    def drop_prefix(self, prefix: bytes) -> None:
-        """Forget every key that begins with *prefix*."""
-        for key in [key for key in self._nodes if key.startswith(prefix)]:
+    def clear(self) -> None:
+        """Forget everything."""
+        for key in list(self._nodes):
             self.drop(key)
 
-    def _unlink(self, node: _Node[T]) -> None:
+    def _unlink(self, node: N) -> None:
         self.size_bytes -= node.size
         if self._hand is node:
             self._hand = node.newer
@@ -99,6 +122,11 @@ class L1(Generic[T]):
             self._oldest = node.newer
         else:
             node.older.newer = node.newer
+        node.newer = node.older = None
+        for table, name in node.aliases or ():
+            if table.get(name) is node:
+                del table[name]
+        node.aliases = None
 
     def _evict(self) -> None:
         node = self._hand or self._oldest

@@ -16,7 +16,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from ._exceptions import UncacheableError, ValueTooLargeError
 from ._flight import Flight
 from ._frame import unpack
 from ._protocols import Observer, Outcome
+from ._shortcut import Shortcut
 from ._writes import Writes
 
 
@@ -41,8 +42,10 @@ class Plan(NamedTuple):
         classes: What may be revived.
         cache_if: Whether a result is to be stored; None: always.
         refresh: Load even if there is something fresh.
+        share: The caller takes an object that others have, too.
         owner: 16 bytes that mark the entry as belonging to a function.
         observers: Who hears of it.
+        shortcut: Where aliases of what is found may stand.
     """
 
     name: str
@@ -51,8 +54,10 @@ class Plan(NamedTuple):
     classes: ClassSet
     cache_if: Callable[[Any], bool] | None
     refresh: bool
+    share: bool
     owner: bytes | None
     observers: tuple[Observer, ...]
+    shortcut: Shortcut | None = None
 
 
 class _Landed(NamedTuple):
@@ -77,26 +82,46 @@ class Loads:
         self._engine = engine
         self._writes = writes
 
-    async def load(self, key: bytes, loader: Loader[Any], plan: Plan) -> Any:
-        """Return the fresh value under *key*, or what *loader* yields; see ``Cache.get_or_load``."""
+    async def load(self, key: bytes, loader: Loader[Any], plan: Plan, name: Hashable = None) -> Any:
+        """Return the fresh value under *key*, or what *loader* yields; see ``Cache.get_or_load``.
+
+        *name* is what stands for *key* in the plan's shortcut, None: nothing does.
+        """
         session = self._engine.session()
-        heard = plan.observers
         reachable = True
-        if not plan.refresh and not session.flights.can_join(key):
-            hit, reachable = await self._engine.look_up(session, key, plan.classes)
+        if plan.refresh:
+            session.l1.drop(key)  # who comes meanwhile joins, whichever way he comes
+        else:
+            if (flight := session.flights.joinable(key)) is not None:
+                return await self.join(flight, plan)
+            hit, reachable = await self._engine.look_up(session, key, plan.classes, share=plan.share)
+            tell_read(hit, plan.observers)
             if hit is not None:
-                tell_read(hit, heard)
+                if hit.near is not None and name is not None and plan.shortcut is not None:
+                    plan.shortcut.add(name, hit.near, plan.classes, share=plan.share)
                 return hit.value
-        if not plan.refresh:
-            tell_read(None, heard)
         work = partial(self._fly, session, key, loader, plan, reachable)
-        landed, leads = await session.flights.run(key, plan.name, work, anew=plan.refresh, group=plan.owner)
-        if leads:
-            return landed.value
-        for observer in heard:
+        flight, leads = session.flights.board(key, plan.name, work, anew=plan.refresh, group=plan.owner)
+        if not leads:
+            return await self.join(flight, plan, told=True)
+        if name is not None and plan.shortcut is not None:
+            flight.alias(plan.shortcut.flights, name)
+        landed: _Landed = await session.flights.wait(flight)
+        return landed.value
+
+    def is_here(self, flight: Flight) -> bool:
+        """Whether *flight* is of the running loop's session."""
+        return flight.home is self._engine.session().flights
+
+    async def join(self, flight: Flight, plan: Plan, *, told: bool = False) -> Any:
+        """Return what a load in progress yields, where it was another's. *told*: the miss was counted."""
+        if not told:
+            tell_read(None, plan.observers)
+        landed: _Landed = await flight.home.wait(flight)
+        for observer in plan.observers:
             observer.coalesced()
             observer.saved(landed.cost)
-        return landed.copy()
+        return landed.value if plan.share else landed.copy()
 
     async def _fly(  # noqa: PLR0917  # a partial makes it, in one place
         self, session: Session, key: bytes, loader: Loader[Any], plan: Plan, reachable: bool, flight: Flight

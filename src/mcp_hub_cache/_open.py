@@ -10,7 +10,6 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 from weakref import WeakKeyDictionary
 
@@ -18,8 +17,11 @@ from ._async_cache import Seconds
 from ._cache import Cache
 from ._policy import seconds
 from ._protocols import Observer, Store
+from ._shortcut import CURRENT
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ._settings import Settings
     from .stores.failover import FailoverStore
     from .stores.redis import RedisStore
@@ -212,5 +214,12 @@ async def default_cache() -> Cache:
     loop = asyncio.get_running_loop()
     opening = _defaults.get(loop)
     if opening is None or (opening.done() and (opening.cancelled() or opening.exception() is not None)):
+        CURRENT.cache = None
         opening = _defaults[loop] = asyncio.ensure_future(asyncio.to_thread(open_cache))
+        opening.add_done_callback(_opened)
     return opening.result() if opening.done() else await asyncio.shield(opening)
+
+
+def _opened(opening: asyncio.Future[Cache]) -> None:
+    alone = sum(not loop.is_closed() for loop in list(_defaults)) == 1
+    CURRENT.cache = opening.result() if alone and not opening.cancelled() and opening.exception() is None else None

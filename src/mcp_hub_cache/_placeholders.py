@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
+from ._direct import Direct
 from ._exceptions import StoreError
 from ._lines import Lines
 from ._protocols import Begun, Held, Leases, Store
@@ -35,7 +36,7 @@ class Placeholders:
         trouble: Told of the store's errors.
     """
 
-    def __init__(self, store: Store, lines: Lines, trouble: Callable[[StoreError], None]) -> None:
+    def __init__(self, store: Store, lines: Lines | Direct, trouble: Callable[[StoreError], None]) -> None:
         self._lines = lines
         self._trouble = trouble
         self._held: dict[bytes, Held] = {}

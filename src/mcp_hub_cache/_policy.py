@@ -14,9 +14,10 @@ import math
 import re
 from datetime import timedelta
 from enum import Enum
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ._frame import Head
+if TYPE_CHECKING:
+    from ._frame import Head
 
 FOREVER: Final = math.inf
 """As a ttl: never expires."""

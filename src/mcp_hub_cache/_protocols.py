@@ -14,17 +14,17 @@ Rules for stores:
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
-from ._changes import Slot
 from ._exceptions import StoreError
+
+if TYPE_CHECKING:
+    from ._changes import Slot
 
 Outcome = Literal["done", "refused"] | StoreError
 
 
-@dataclass(frozen=True, slots=True)
-class Fence:
+class Fence(NamedTuple):
     """What a load saw when it began. Its write is refused where the stored token is another one by then.
 
     Attributes:
@@ -161,6 +161,16 @@ class Coherent(Protocol):
     def distrust(self) -> None:
         """Void every stamp given so far."""
         ...
+
+
+@runtime_checkable
+class Immediate(Protocol):
+    """A store whose calls are over when they return, with a future that is done: batching would gain nothing.
+
+    Said by the class itself; it does not hold for classes derived from it unless they say so, too.
+    """
+
+    immediate: ClassVar[Literal[True]]
 
 
 @runtime_checkable

@@ -13,15 +13,14 @@ from binascii import a2b_base64
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from datetime import date, datetime, time, timedelta, timezone
-from decimal import Decimal
-from fractions import Fraction
-from pathlib import PurePath
-from typing import Any, Final
-from uuid import UUID, SafeUUID
-from zoneinfo import ZoneInfo
+from typing import TYPE_CHECKING, Any, Final
 
 from ._classes import ClassSet
-from ._tagged import DOUBLE, IPS, MAX_INT, MIN_INT, PATHS, Json
+from ._tagged import DOUBLE, IPS, MAX_INT, MIN_INT, PATHS, Json, late
+
+if TYPE_CHECKING:
+    from uuid import UUID
+    from zoneinfo import ZoneInfo
 
 
 class Reviver:
@@ -110,7 +109,7 @@ def _read_deque(reviver: Reviver, data: list[Json]) -> deque[Any]:
 
 def _zone(reviver: Reviver, data: Json) -> Any:
     zone = reviver.revive(data)
-    if zone is not None and type(zone) is not timezone and type(zone) is not ZoneInfo:
+    if zone is not None and type(zone) is not timezone and type(zone) is not late("zoneinfo", "ZoneInfo"):
         raise TypeError("a time zone that is none")
     return zone
 
@@ -132,21 +131,23 @@ def _read_timedelta(_: Reviver, data: list[Json]) -> timedelta:
 
 def _read_zone(_: Reviver, data: list[Json]) -> ZoneInfo:
     _, key, from_cache = data
-    return ZoneInfo(key) if from_cache else ZoneInfo.no_cache(key)
+    kind: type[ZoneInfo] = late("zoneinfo", "ZoneInfo")
+    return kind(key) if from_cache else kind.no_cache(key)
 
 
 def _read_uuid(_: Reviver, data: list[Json]) -> UUID:
     _, text, *safety = data
-    return UUID(text, is_safe=SafeUUID[safety[0]]) if safety else UUID(text)
+    kind: type[UUID] = late("uuid", "UUID")
+    return kind(text, is_safe=late("uuid", "SafeUUID")[safety[0]]) if safety else kind(text)
 
 
-def _read_fraction(reviver: Reviver, data: list[Json]) -> Fraction:
+def _read_fraction(reviver: Reviver, data: list[Json]) -> object:
     numerator, denominator = reviver.items(data)
     if type(numerator) is not int or type(denominator) is not int or denominator < 1:
         raise ValueError("not the parts of a fraction")
     # Fraction() would take the gcd, which for two integers of 4 MB takes minutes.
-    made = object.__new__(Fraction)
-    made._numerator, made._denominator = numerator, denominator  # type: ignore[attr-defined]
+    made: Any = object.__new__(late("fractions", "Fraction"))
+    made._numerator, made._denominator = numerator, denominator  # noqa: SLF001  # see above
     return made
 
 
@@ -165,14 +166,21 @@ def _read_ellipsis(_: Reviver, data: list[Json]) -> Any:
     return ...
 
 
-def _read_path(reviver: Reviver, data: list[Json]) -> PurePath:
-    _, kind, text = data
-    return PATHS[kind](_exactly(reviver.revive(text), str))
+def _one_of(kinds: tuple[str, ...], name: Any) -> str:
+    if name not in kinds:
+        raise ValueError("a class that the tag does not stand for")
+    checked: str = name
+    return checked
+
+
+def _read_path(reviver: Reviver, data: list[Json]) -> object:
+    _, name, text = data
+    return late("pathlib", _one_of(PATHS, name))(_exactly(reviver.revive(text), str))
 
 
 def _read_ip(_: Reviver, data: list[Json]) -> object:
-    _, kind, text = data
-    return IPS[kind](_exactly(text, str))
+    _, name, text = data
+    return late("ipaddress", _one_of(IPS, name))(_exactly(text, str))
 
 
 _Reader = Callable[[Reviver, list[Json]], Any]
@@ -200,7 +208,7 @@ _READERS: Final[dict[str, _Reader]] = {
     "tz": lambda reviver, data: timezone(*reviver.items(data)),
     "zi": _read_zone,
     "uu": _read_uuid,
-    "de": lambda _, data: Decimal(_only_part(data)),
+    "de": lambda _, data: late("decimal", "Decimal")(_only_part(data)),
     "fr": _read_fraction,
     "pa": _read_path,
     "ip": _read_ip,

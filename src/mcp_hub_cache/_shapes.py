@@ -17,11 +17,11 @@ from __future__ import annotations
 import enum
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import cached_property, lru_cache
 from inspect import getattr_static
 from types import BuiltinFunctionType, MemberDescriptorType
-from typing import Any, Final, Generic, Literal, cast
+from typing import Any, Final, Generic, Literal, NamedTuple, cast
 
 Kind = Literal["enum", "namedtuple", "msgspec", "pydantic", "dataclass", "attrs"]
 State = tuple[Mapping[str, object], object]
@@ -41,8 +41,7 @@ class Refusal(Exception):  # noqa: N818  # control flow between modules, never s
         self.path: list[str] = []
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Shape:
+class Shape(NamedTuple):
     """What is to know about one class.
 
     Attributes:

@@ -26,18 +26,15 @@ Rules:
 from __future__ import annotations
 
 import struct
+import sys
 from base64 import b64encode
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from datetime import date, datetime, time, timedelta, timezone
-from decimal import Decimal
-from fractions import Fraction
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
+from functools import cache
+from importlib import import_module
 from itertools import chain
-from pathlib import PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
 from typing import Any, Final
-from uuid import UUID, SafeUUID
-from zoneinfo import ZoneInfo
 
 import orjson
 
@@ -61,11 +58,8 @@ INF: Final = float("inf")
 
 _STR: Final = frozenset((str,))
 DOUBLE: Final = struct.Struct(">d")
-PATHS: Final = {kind.__name__: kind for kind in (PurePosixPath, PureWindowsPath, PosixPath, WindowsPath)}
-IPS: Final = {
-    kind.__name__: kind
-    for kind in (IPv4Address, IPv6Address, IPv4Network, IPv6Network, IPv4Interface, IPv6Interface)
-}  # fmt: skip
+PATHS: Final = ("PurePosixPath", "PureWindowsPath", "PosixPath", "WindowsPath")
+IPS: Final = ("IPv4Address", "IPv6Address", "IPv4Network", "IPv6Network", "IPv4Interface", "IPv6Interface")
 
 
 class Tagger:
@@ -96,7 +90,7 @@ class Tagger:
             return value if MIN_INT <= value <= MAX_INT else ["i", hex(value)]
         if kind is float:
             return value if -INF < value < INF else ["n", DOUBLE.pack(value).hex()]
-        write = _WRITERS.get(kind)
+        write = _WRITERS.get(kind) or _late_writer(kind)
         return self._instance(value, kind, depth) if write is None else write(self, value, depth)
 
     def enter(self, depth: int) -> int:
@@ -259,7 +253,7 @@ def _write_zone(_: Tagger, value: Any, __: int) -> Json:
 
 def _write_uuid(_: Tagger, value: Any, __: int) -> Json:
     safety = value.is_safe
-    return ["uu", value.hex] if safety is SafeUUID.unknown else ["uu", value.hex, safety.name]
+    return ["uu", value.hex] if safety is late("uuid", "SafeUUID").unknown else ["uu", value.hex, safety.name]
 
 
 def _write_fraction(tagger: Tagger, value: Any, depth: int) -> Json:
@@ -294,15 +288,37 @@ _WRITERS: Final[dict[type, _Writer]] = {
     time: _write_time,
     timedelta: _write_timedelta,
     timezone: _write_timezone,
-    ZoneInfo: _write_zone,
-    UUID: _write_uuid,
-    Decimal: lambda _, value, __: ["de", str(value)],
-    Fraction: _write_fraction,
-    **dict.fromkeys(
-        PATHS.values(), lambda tagger, value, depth: ["pa", type(value).__name__, tagger.tag(str(value), depth)]
-    ),
-    **dict.fromkeys(IPS.values(), lambda _, value, __: ["ip", type(value).__name__, str(value)]),
 }
+_LATE_WRITERS: Final[dict[str, dict[str, _Writer]]] = {
+    "decimal": {"Decimal": lambda _, value, __: ["de", str(value)]},
+    "fractions": {"Fraction": _write_fraction},
+    "ipaddress": dict.fromkeys(IPS, lambda _, value, __: ["ip", type(value).__name__, str(value)]),
+    "pathlib": dict.fromkeys(
+        PATHS, lambda tagger, value, depth: ["pa", type(value).__name__, tagger.tag(str(value), depth)]
+    ),
+    "uuid": {"UUID": _write_uuid},
+    "zoneinfo": {"ZoneInfo": _write_zone},
+}
+"""By module and class, for modules that were not there yet: what is there moves to ``_WRITERS``."""
+
+
+@cache
+def late(module: str, name: str) -> Any:
+    """Return a class of the standard library that few values hold; its module is imported now if it was not yet.
+
+    Importing them all beforehand took as long as all the rest of this package does.
+    """
+    return getattr(import_module(module), name)
+
+
+def _late_writer(kind: type) -> _Writer | None:
+    # Where there is an instance, its class's module is there: what nobody has imported need not be looked at.
+    for module in tuple(_LATE_WRITERS):
+        if module in sys.modules and (writers := _LATE_WRITERS.get(module)) is not None:
+            _WRITERS.update({late(module, name): write for name, write in writers.items()})
+            # Only now: a thread that no longer finds them here must find them there.
+            _LATE_WRITERS.pop(module, None)
+    return _WRITERS.get(kind)
 
 
 def find_any(cls: type) -> tuple[str, Shape]:

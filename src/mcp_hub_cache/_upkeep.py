@@ -65,7 +65,7 @@ class Upkeep:
     async def _clear(self, prefix: bytes) -> int:
         session = self._engine.session()
         session.flights.detach_all(prefix)
-        session.l1.drop_prefix(prefix)
+        await session.drop_prefix(prefix)
         await session.lines.settle()  # what was asked for before must not land after
         try:
             return await self._store.clear(prefix)
@@ -74,7 +74,7 @@ class Upkeep:
             log.error("clearing the %s cache failed: %s", self._store.name, error)
             return 0
         finally:
-            session.l1.drop_prefix(prefix)
+            await session.drop_prefix(prefix)
 
     async def clear_owned(self, prefix: bytes, owner: bytes) -> int:
         """Remove the entries under *prefix* that were stored with *owner*: reads them all to find out."""

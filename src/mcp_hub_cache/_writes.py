@@ -9,7 +9,6 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -17,10 +16,11 @@ from ._classes import ClassSet
 from ._codec import encode
 from ._engine import CHUNK, OWNED, Engine, Session, every
 from ._exceptions import StoreError, ValueTooLargeError
-from ._frame import TOKEN_SIZE, Mark, pack, patch_head
+from ._frame import Mark, pack, patch_head
 from ._placeholders import heed
 from ._policy import span
 from ._protocols import Fence, Outcome, Patch, Write
+from ._tokens import new_token
 
 _TRIES: Final = 3  # for what is compared and written: others may be quicker so often
 
@@ -105,7 +105,7 @@ class Writes:
             key,
             payload,
             codec=codec,
-            token=secrets.token_bytes(TOKEN_SIZE),
+            token=new_token(),
             created=now,
             fresh_until=until.fresh_until,
             keep_until=until.keep_until,

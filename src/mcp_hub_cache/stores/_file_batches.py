@@ -11,12 +11,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from secrets import token_bytes
 from typing import Any, Literal, TypeVar
 
 from .._exceptions import StoreError, StoreFullError
-from .._frame import HEAD_SIZE, TOKEN, TOKEN_SIZE, Kind, patch_head, peek, placeholder
+from .._frame import HEAD_SIZE, TOKEN, Kind, patch_head, peek, placeholder
 from .._protocols import Begun, Fence, Held, Outcome, Patch, Write
+from .._tokens import new_token
 from ._file_folder import Folder, Place
 from ._file_reads import Reads
 from ._file_shelf import LOCK_SECONDS, Shelf, charge_of, store_error
@@ -73,7 +73,7 @@ class Batches:
             there = shelf.frame(place.name)
             if there is not None:
                 return Begun(there, Fence(self._store, there[TOKEN]), leader=False)
-            token = token_bytes(TOKEN_SIZE)
+            token = new_token()
             self._put(shelf, place, placeholder(keys[missing[at]], token, self._folder.clock(), hold))
             return Begun(None, Fence(self._store, token), leader=True)
 

@@ -33,9 +33,9 @@ import stat
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from hashlib import blake2b
 from typing import Final, NamedTuple
 
+from .._blake import blake2b
 from .._exceptions import StoreMisconfiguredError, StorePermissionError, StoreTimeoutError
 from . import _file_counters
 from ._file_counters import SHELVES, Table

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import math
-import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
-from typing import Final, TypeVar
+from typing import ClassVar, Final, Literal, TypeVar
 
 from .._changes import SLOTS, Changes, Slot
 from .._exceptions import StoreFullError
-from .._frame import HEAD_SIZE, TOKEN, TOKEN_SIZE, Kind, is_live, peek, placeholder
+from .._frame import HEAD_SIZE, TOKEN, Kind, is_live, peek, placeholder
 from .._protocols import Begun, Fence, Held, Outcome, Patch, Write
+from .._tokens import new_token
 from . import next_store_id
 
 T = TypeVar("T")
@@ -46,6 +46,7 @@ class MemoryStore:
     """
 
     name = "memory"
+    immediate: ClassVar[Literal[True]] = True
 
     def __init__(
         self,
@@ -153,7 +154,7 @@ class MemoryStore:
         frame = self._get(key)
         if frame is not None:
             return Begun(frame, Fence(self.id, frame[TOKEN]), leader=False)
-        token = secrets.token_bytes(TOKEN_SIZE)
+        token = new_token()
         self._put(key, placeholder(key, token, self.now(), hold), hold)
         return Begun(None, Fence(self.id, token), leader=True)
 

@@ -19,16 +19,16 @@ from __future__ import annotations
 
 import asyncio
 import math
-import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from typing import Any, Final, TypeVar
 
 from .._exceptions import StoreError
-from .._frame import MAGIC, TOKEN, TOKEN_SIZE, Kind, placeholder
+from .._frame import MAGIC, TOKEN, Kind, placeholder
 from .._lifetime import PerLoop
 from .._protocols import Begun, Fence, Held, Outcome, Patch, Write
+from .._tokens import new_token
 from . import next_store_id
 from ._redis_address import make_address
 from ._redis_errors import store_error
@@ -182,7 +182,7 @@ class RedisStore:
         planted: list[tuple[bytes, bytes]] = []
         commands: list[bytes] = []
         for key in keys:
-            token = secrets.token_bytes(TOKEN_SIZE)
+            token = new_token()
             frame = placeholder(key, token, now, hold)
             planted.append((token, frame))
             commands.append(pack((b"EVAL", BEGIN, b"1", key, frame, ms)))

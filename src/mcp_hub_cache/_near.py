@@ -1,0 +1,85 @@
+"""Entries of the near cache, and shortcuts to them.
+
+Strategy: an entry holds all that must be asked before it may be served, so that a hit calls nothing: the counter of its
+key, which must not have moved since *before* the entry was read (``_changes``), the end of its freshness, and the end
+of the trust in the table of counters.
+
+Rules:
+- An entry never hands out an object that somebody else has, unless it can't be changed: a mutable value is decoded
+  anew for each reader. ``shared`` alone is for readers who have promised not to write.
+- Whoever takes an entry looks it up and reads it without awaiting in between: one that was dropped is no longer found.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ._changes import Changes
+from ._classes import ClassSet
+from ._codec import RICH, DecodeError, decode, is_immutable
+from ._frame import Frame, Head
+from ._l1 import NOT_SHARED, Node
+
+
+class Near(Node):
+    """What was read under a key, and the state of its counter from before that.
+
+    Attributes:
+        changes: The table in which the key's changes are counted.
+        at: Where in it.
+        word: The counter, taken before the read.
+        until: When the entry stops being fresh, on the table's clock.
+        head: The frame's.
+        value: The value itself where it can't be changed, else ``NOT_SHARED``.
+        shared: One object for all who promised not to write, else ``NOT_SHARED``.
+    """
+
+    __slots__ = ("_payload", "_shared_for", "at", "changes", "cost", "head", "shared", "until", "value", "word")
+
+    head: Head
+
+    def __init__(self, key: bytes, changes: Changes, at: int, word: int) -> None:
+        super().__init__(key)
+        self.changes = changes
+        self.at = at
+        self.word = word
+        self.until = -math.inf
+        self.cost = 0.0
+        self.value: Any = NOT_SHARED
+        self.shared: Any = NOT_SHARED
+        self._payload: memoryview | None = None
+        self._shared_for: ClassSet | None = None
+
+    def fill(self, frame: Frame, value: Any, seconds_fresh: float) -> None:
+        """Take in what was read: *frame*, which decodes to *value* and is fresh for so long."""
+        self.head = frame.head
+        self.cost = frame.head.cost
+        self.until = self.changes.clock() + seconds_fresh
+        self.size = len(self.key) + 64 + len(frame.payload)
+        if is_immutable(value):
+            self.value = self.shared = value
+        else:
+            self._payload = frame.payload
+
+    def holds(self) -> bool:
+        """Whether it may be served now."""
+        # ``_shortcut`` spells the same out, to save the call.
+        changes = self.changes
+        return changes.words[self.at] == self.word and (now := changes.clock()) < self.until and now < changes.until
+
+    def read(self, classes: ClassSet) -> Any:
+        """The value, for one reader; ``NOT_SHARED``: it was stored for other classes."""
+        if self._payload is None:
+            return self.value
+        try:
+            return decode(self.head.codec, self._payload, classes)
+        except DecodeError:
+            return NOT_SHARED  # let the full path say so
+
+    def share(self, classes: ClassSet) -> Any:
+        """The one object for all who promised not to write; ``NOT_SHARED``: as in ``read``."""
+        if self.shared is NOT_SHARED:
+            self.shared = self.read(classes)
+            self._shared_for = classes if self.head.codec == RICH else None  # of the rest, classes are no part
+        return self.shared if self._shared_for is None or self._shared_for == classes else self.read(classes)
