@@ -290,13 +290,29 @@ class Shelf:
     def drop(self, name: str) -> None:
         """Remove the file, if it is there. Counts as a change even if it is not."""
         facts = self._facts(name)
+        mine = facts is not None and stat.S_ISREG(facts.st_mode)
+        self._remove(name, None if facts is None or not mine else charge_of(facts.st_size))
+
+    def drop_seen(self, seen: Seen) -> None:
+        """Remove a file that was seen under this lock."""
+        self._remove(seen.name, seen.charge)
+
+    def drop_unused(self, name: str, used: int) -> bool:
+        """Remove the file unless it has been used since *used*; whether it was removed."""
+        facts = self._facts(name)
+        if facts is None or facts.st_atime_ns != used or not stat.S_ISREG(facts.st_mode):
+            return False
+        self._remove(name, charge_of(facts.st_size))
+        return True
+
+    def _remove(self, name: str, charge: int | None) -> None:
         bucket = bucket_of(name)
         self._table.begin(bucket)
         try:
-            if facts is not None and stat.S_ISREG(facts.st_mode):
+            if charge is not None:
                 with suppress(FileNotFoundError):  # somebody's rm was quicker
                     os.unlink(name, dir_fd=self._fd)
-                self._table.charge(self._number, -charge_of(facts.st_size))
+                self._table.charge(self._number, -charge)
         finally:
             self._table.end(bucket)
 
@@ -305,11 +321,6 @@ class Shelf:
             return os.stat(name, dir_fd=self._fd, follow_symlinks=False)
         except FileNotFoundError:
             return None
-
-    def used(self, name: str) -> int | None:
-        """When the file was last used; None: it isn't there."""
-        facts = self._facts(name)
-        return None if facts is None else facts.st_atime_ns
 
     def look(self) -> list[Seen]:
         """Every file of ours."""
@@ -324,7 +335,7 @@ class Shelf:
         total = expired = 0
         for seen in self.look():
             if seen.until <= now and self._is_over(seen, now):
-                self.drop(seen.name)
+                self.drop_seen(seen)
                 expired += 1
             else:
                 total += seen.charge

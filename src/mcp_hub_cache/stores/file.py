@@ -51,7 +51,10 @@ _FIRST_SWEEP: Final = 0.5  # seconds after opening: programs that run for a mome
 _BREATH: Final = 0.05  # seconds between the slices of a background sweep
 _SWEEP_SHARE: Final = 20  # times as long as a sweep took until the next one
 _ROOM: Final = 0.05  # seconds that a write waits for the eviction it caused
+_LARGE: Final = 1 << 26  # bytes of bound from which on room is made ahead
+_AHEAD: Final = 32  # the part of such a bound that is kept free for writes while room is made
 _POLLS: Final = (0.005, 1.5, 0.05)  # of a stamp somebody waits for: first pause, growth, longest pause
+_PAGE: Final = 500  # entries of a scan handed out between two turns of the loop
 _MAX_SLOTS: Final = 65_536
 
 
@@ -105,6 +108,9 @@ class FileStore:
         self.on_evict = on_evict
         self._directory = directory
         self._max_bytes = max_bytes
+        # A folder of many files takes seconds to look through, and writers that are over the bound wait. So where there
+        # is enough room to spare, it is made before the bound is met.
+        self._limit = 0 if max_bytes is None else max_bytes - (max_bytes // _AHEAD if max_bytes >= _LARGE else 0)
         self._threads = threads
         self._sweep_interval = sweep_interval
         self._clock = clock
@@ -181,8 +187,9 @@ class FileStore:
         shelves: _file_upkeep.Shelves = await self._aside(self._folder.shelves, prefix)
         while shelves:
             page, shelves = await self._aside(_file_upkeep.scan, self._folder, prefix, shelves)
-            if page:
-                yield page
+            for start in range(0, len(page), _PAGE):
+                yield page[start : start + _PAGE]
+                await asyncio.sleep(0)
 
     async def clear(self, prefix: bytes, /) -> int:
         """See ``Store.clear``. One job per few shelves; a shelf that can't be cleared keeps none of the others."""
@@ -202,7 +209,10 @@ class FileStore:
 
     async def info(self) -> Mapping[str, str | int | float]:
         """Files and entries of all namespaces, counted."""
-        facts = await self._aside(_file_upkeep.count, self._folder)
+        facts = {"total_files": 0, "expired_files": 0, "total_bytes": 0, "total_keys": 0}
+        shelves: _file_upkeep.Shelves = await self._aside(self._folder.shelves)
+        while shelves:
+            shelves = await self._aside(_file_upkeep.count, self._folder, facts, shelves)
         size_mb = round(facts["total_bytes"] / (1024 * 1024), 2)
         return {"cache_dir": str(self._directory), **facts, "total_size_mb": size_mb}
 
@@ -289,19 +299,19 @@ class FileStore:
 
     def _keep_bound(self) -> asyncio.Task[None] | None:
         """Start to make room if there is need; the task that does so."""
-        if self._max_bytes is None or self._folder.usage() <= self._max_bytes:
+        if self._max_bytes is None or self._folder.usage() <= self._limit:
             return None
         state = self._local.peek()
         if state is None:  # being closed
             return None
         if state.room is None or state.room.done():
-            state.room = asyncio.get_running_loop().create_task(self._make_room(self._max_bytes))
+            state.room = asyncio.get_running_loop().create_task(self._make_room(self._limit, self._max_bytes * 9 // 10))
         return state.room
 
     def _is_waiting_for_room(self, future: asyncio.Future[T], result: T) -> bool:
         """Whether the writer that *future* is of has to wait for the eviction it caused; it is told the result then."""
         room = self._keep_bound()
-        if room is None:
+        if room is None or self._max_bytes is None or self._folder.usage() <= self._max_bytes:
             return False
 
         def go_on(_: object = None) -> None:
@@ -313,9 +323,11 @@ class FileStore:
         room.add_done_callback(go_on)
         return True
 
-    async def _make_room(self, max_bytes: int) -> None:
+    async def _make_room(self, limit: int, target: int) -> None:
         try:
-            dropped = await self._aside(_file_upkeep.evict, self._folder, max_bytes, _ROOM)
+            work = _file_upkeep.evict(self._folder, limit, target, _ROOM)
+            while (dropped := await self._aside(_file_upkeep.step, work)) is None:
+                pass
         except StoreError as error:
             _log.warning("the file cache could not make room: %s", error)
             return
