@@ -18,6 +18,7 @@ from .._frame import HEAD_SIZE, TOKEN, Kind, patch_head, peek, placeholder
 from .._protocols import Begun, Fence, Held, Outcome, Patch, Write
 from .._tokens import new_token
 from ._file_folder import Folder, Place
+from ._file_reads import Reads
 from ._file_shelf import LOCK_SECONDS, Shelf, charge_of, store_error
 
 T = TypeVar("T")
@@ -34,12 +35,22 @@ class Batches:
 
     def __init__(self, folder: Folder, store: int, max_bytes: int | None) -> None:
         self._folder = folder
+        self._reads = Reads(folder.clock)
         self._store = store
         self._max_bytes = max_bytes
 
     def get(self, keys: Sequence[bytes], size: int | None = None) -> list[bytes | None]:
         """Frames, or their first *size* bytes."""
         places = self._open(keys)
+        if size is None:
+            found, trouble = self._reads.read(map(self._folder.file, places))
+        else:
+            found, trouble = self._fronts(places, size)
+        if trouble and len(trouble) == len(keys):
+            raise store_error(trouble[0], self._folder.directory)
+        return found
+
+    def _fronts(self, places: Sequence[Place], size: int) -> tuple[list[bytes | None], list[OSError]]:
         found: list[bytes | None] = []
         trouble: list[OSError] = []
         for place in places:
@@ -48,9 +59,7 @@ class Batches:
             except OSError as error:
                 trouble.append(error)
                 found.append(None)
-        if trouble and len(trouble) == len(keys):
-            raise store_error(trouble[0], self._folder.directory)
-        return found
+        return found, trouble
 
     def begin(self, keys: Sequence[bytes], hold: float) -> list[Begun]:
         """What is there, or placeholders in its place."""
@@ -152,11 +161,9 @@ class Batches:
 
     def _open(self, keys: Sequence[bytes]) -> list[Place]:
         folder = self._folder
+        places = [folder.place(key) for key in keys]
         try:
-            folder.check()
-            places = [folder.place(key) for key in keys]
-            for space in {place.space for place in places}:
-                folder.table(space)
+            folder.ready({place.space for place in places})
         except OSError as error:
             raise store_error(error, folder.directory) from error
         return places

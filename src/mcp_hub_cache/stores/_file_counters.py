@@ -27,6 +27,7 @@ import mmap
 import os
 import stat
 import struct
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Final
@@ -48,7 +49,8 @@ _WORD: Final = struct.Struct("=I")
 _WORDS_AT: Final = 4096
 _PER_SHELF: Final = 256
 _SIZE: Final = _WORDS_AT + SHELVES * _PER_SHELF * _WORD.size
-_ODD: Final = int.from_bytes(_WORD.pack(1) * _PER_SHELF, "big")
+_LOW_BYTE: Final = 0 if sys.byteorder == "little" else _WORD.size - 1
+_EVEN: Final = bytes(range(0, 256, 2))
 _FLAGS: Final = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
@@ -87,7 +89,8 @@ class Table:
     def broken(self, shelf: int) -> bool:
         """Whether a writer died in the middle of a change in *shelf*; asked by who holds its lock."""
         start = _WORDS_AT + shelf * _PER_SHELF * _WORD.size
-        return int.from_bytes(self._map[start : start + _PER_SHELF * _WORD.size], "big") & _ODD != 0
+        low_bytes = self._map[start + _LOW_BYTE : start + _PER_SHELF * _WORD.size : _WORD.size]
+        return low_bytes.translate(None, _EVEN) != b""
 
     def mend(self, shelf: int) -> None:
         """Move on every counter that a dead writer left odd."""

@@ -31,7 +31,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import Final, NamedTuple
 
@@ -61,6 +61,7 @@ _SHELF_NAMES: Final = {f"{number:02x}": number for number in range(SHELVES)}
 _TAG_TEXT: Final = (
     b"Signature: 8a477f597d28d172789f06886806bc55\n# The cache of mcp_hub_cache: may be deleted at any time.\n"
 )
+_MAX_KNOWN: Final = 1024
 _MAX_TABLES: Final = 64  # open at once, at two file handles each; a namespace whose table is closed has no stamps
 _LISTING: Final = 0.05  # seconds that a listing waits for a lock, before it does without
 
@@ -88,6 +89,7 @@ class Folder:
         self.clock = clock
         self.prefix = prefix
         self._spaced = re.compile(re.escape(prefix) + rb"([A-Za-z0-9_.-]{1,64}):")
+        self._known: dict[bytes, str] = {}  # namespace folders by the front of a key
         self._tables: dict[str, Table] = {}
         self._listed = 0
         self._closed: dict[str, int] = {}  # usage of namespaces whose tables are not open, as of the last refresh
@@ -102,11 +104,17 @@ class Folder:
 
     def space(self, key: bytes) -> str:
         """The folder of the namespace that *key* names."""
-        named = self._spaced.match(key)
-        if named is None:
-            return OTHER
-        space = named[1].decode("ascii")
-        return OTHER if space.lower() in _RESERVED else space
+        front = key[: key.find(b":", len(self.prefix)) + 1]
+        space = self._known.get(front)
+        if space is None:
+            named = self._spaced.match(front)
+            space = OTHER if named is None else named[1].decode("ascii")
+            if space.lower() in _RESERVED:
+                space = OTHER
+            if len(self._known) >= _MAX_KNOWN:
+                self._known.clear()
+            self._known[front] = space
+        return space
 
     def spaces(self, prefix: bytes = b"") -> list[str]:
         """The namespace folders there are that may hold keys that start with *prefix*."""
@@ -141,9 +149,13 @@ class Folder:
         """The path of a shelf."""
         return f"{self.root}/{space}/{shelf:02x}"
 
-    def read(self, place: Place, size: int | None = None) -> bytes | None:
+    def read(self, place: Place, size: int) -> bytes | None:
         """See ``read_frame``."""
-        return read_frame(f"{self.root}/{place.space}/{place.shelf:02x}/{place.name}", self.clock, size=size)
+        return read_frame(self.file(place), self.clock, size=size)
+
+    def file(self, place: Place) -> str:
+        """The path of a file."""
+        return f"{self.root}/{place.space}/{place.name[:2]}/{place.name}"
 
     def names(self, space: str, shelf: int) -> list[str]:
         """The names of our files in a shelf: listed under its lock, since a listing may lose what is just replaced."""
@@ -155,6 +167,30 @@ class Folder:
             return []
 
     # Making and checking
+
+    def ready(self, spaces: Collection[str]) -> None:
+        """Look that the tree is the one we know, and open the tables of *spaces*.
+
+        Raises:
+            OSError: It can't be looked at.
+            StoreError: It isn't ours to use.
+        """
+        # A table at its path that is the one we have open is in our own folder, checked when it was opened.
+        for space in spaces:
+            if not (self._checked and self._current(space)):
+                self.check()
+                self.table(space)
+
+    def _current(self, space: str) -> Table | None:
+        """The open table of the namespace, if that is the one on disk."""
+        table = self._tables.get(space)
+        if table is None:
+            return None
+        try:
+            facts = os.lstat(f"{self.root}/{space}/{_file_counters.NAME}")
+        except OSError:
+            return None
+        return table if table.inode == (facts.st_dev, facts.st_ino) else None
 
     def check(self) -> bool:
         """Whether our folder is there.
@@ -277,12 +313,12 @@ class Folder:
 
     def table(self, space: str, *, make: bool = False) -> Table | None:
         """The namespace's table as it is on disk now, opened if need be; made anew if *make*."""
+        table = self._current(space)
+        if table is not None:
+            return table
         path = self._table_path(space)
-        table = self._tables.get(space)
         try:
             facts = os.lstat(path)
-            if table is not None and table.inode == (facts.st_dev, facts.st_ino):
-                return table
             if not (stat.S_ISREG(facts.st_mode) and stat.S_ISDIR(os.lstat(f"{self.root}/{space}").st_mode)):
                 raise StoreMisconfiguredError(f"{path} or its folder is a link.", cure="Remove it by hand.")
             table = _file_counters.open_table(path, self.clock)
@@ -303,8 +339,9 @@ class Folder:
         self._forget(space)
         if table is not None:
             for oldest in list(self._tables)[: len(self._tables) - _MAX_TABLES + 1]:
-                if (closed := self._forget(oldest)) is not None:
-                    self._closed[oldest] = closed.usage()
+                if (closed := self._tables.get(oldest)) is not None:
+                    self._closed[oldest] = closed.usage()  # first: ``usage`` must find it in one place or the other
+                    self._forget(oldest)
             self._tables[space] = table
         return table
 

@@ -13,6 +13,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from struct import Struct
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
@@ -34,10 +35,15 @@ FILE_NAME: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 _TEMP_NAME: Final = re.compile(r"\.[0-9a-f]{32}\.tmp", re.ASCII)
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-_QUIET: Final = _READ | getattr(os, "O_NOATIME", 0)
+QUIET: Final = _READ | getattr(os, "O_NOATIME", 0)
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_AT_ONCE: Final = fcntl.LOCK_EX | fcntl.LOCK_NB
 _LARGE: Final = 1 << 20
+# Where the head of version 1 says until when its frame is kept (``_frame``): read here without verifying its checksum,
+# which takes three times as long and only matters to who returns the frame, the engine.
+VERSION_1: Final = b"\x89MHC\x01"
+KEEP_UNTIL: Final = Struct("<32xd")
 _LONGEST_FRONT: Final = HEAD_SIZE + MAX_KEY_BYTES + 24 * MAX_MARKS
 _FAR: Final = 1 << 33  # the year 2242: "for ever", and within what file systems can say
 _DAMAGED_FOR: Final = 86_400.0  # seconds that a file of ours which can't be read is kept for people to look at
@@ -81,7 +87,7 @@ def lock_folder(fd: int, deadline: float) -> bool:
     pause = 0.0002
     while True:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, _AT_ONCE)
         except BlockingIOError:
             left = deadline - time.monotonic()
             if left <= 0:
@@ -132,7 +138,7 @@ def read_frame(
     try:
         try:
             # Without O_NOATIME the kernel would note every look at a file as use: its mtime is ahead (relatime).
-            file = os.open(path, _QUIET, dir_fd=fd)
+            file = os.open(path, QUIET, dir_fd=fd)
         except PermissionError:
             file = os.open(path, _READ, dir_fd=fd)
     except OSError as error:
@@ -163,13 +169,17 @@ def read_frame(
         os.close(file)
 
 
-def hints(frame: bytes) -> int:
-    """The ``mtime`` in nanoseconds of a file that holds *frame*."""
-    head = peek(frame)
-    if head is None:
+def hint(keep_until: float, kind: int) -> int:
+    """The ``mtime`` in nanoseconds of a file that holds such a frame."""
+    until = max(keep_until, 0.0) if keep_until < _FAR else _FAR
+    return int(until * 1_000_000) * 1000 + kind
+
+
+def hint_of(frame: bytes) -> int:
+    """The ``mtime`` in nanoseconds of a file that holds *frame*: as its head says, which is not verified here."""
+    if len(frame) < HEAD_SIZE or frame[:5] != VERSION_1:
         return _FAR * 1_000_000_000
-    until = max(head.keep_until, 0.0) if head.keep_until < _FAR else _FAR
-    return int(until * 1_000_000) * 1000 + head.kind
+    return hint(KEEP_UNTIL.unpack_from(frame)[0], frame[5])
 
 
 class Seen(NamedTuple):
@@ -234,33 +244,39 @@ class Shelf:
 
     def put(self, name: str, frame: bytes) -> None:
         """Let *frame* take the place of what is there. On an error what was there still is."""
-        facts = self._facts(name)
-        if facts is not None and not stat.S_ISREG(facts.st_mode):
-            raise StoreMisconfiguredError(
-                f"{name}: a link or folder stands where a cache file belongs.", cure="Remove it by hand: it isn't ours."
-            )
-        before = 0 if facts is None else charge_of(facts.st_size)
+        fd, table = self._fd, self._table
+        more = charge_of(len(frame))
+        try:
+            facts = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        except FileNotFoundError:
+            pass
+        else:
+            if not stat.S_ISREG(facts.st_mode):
+                raise StoreMisconfiguredError(
+                    f"{name}: a link or folder stands where a cache file belongs.",
+                    cure="Remove it by hand: it isn't ours.",
+                )
+            more -= charge_of(facts.st_size)
         temp = f".{name}.tmp"
         bucket = bucket_of(name)
-        self._table.begin(bucket)
+        table.begin(bucket)
         try:
             try:
                 file = self._create(temp)
                 try:
-                    left = memoryview(frame)
-                    while left:
-                        left = left[os.write(file, left) :]
-                    os.utime(file, ns=(time.time_ns(), hints(frame)))
+                    _write_all(file, frame)
+                    os.utime(file, ns=(time.time_ns(), hint_of(frame)))
                 finally:
                     os.close(file)
-                os.replace(temp, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+                os.replace(temp, name, src_dir_fd=fd, dst_dir_fd=fd)
             except BaseException:
                 with suppress(OSError):
-                    os.unlink(temp, dir_fd=self._fd)
+                    os.unlink(temp, dir_fd=fd)
                 raise
-            self._table.charge(self._number, charge_of(len(frame)) - before)
+            if more:
+                table.charge(self._number, more)
         finally:
-            self._table.end(bucket)
+            table.end(bucket)
 
     def _create(self, temp: str) -> int:
         try:
@@ -274,13 +290,29 @@ class Shelf:
     def drop(self, name: str) -> None:
         """Remove the file, if it is there. Counts as a change even if it is not."""
         facts = self._facts(name)
+        mine = facts is not None and stat.S_ISREG(facts.st_mode)
+        self._remove(name, None if facts is None or not mine else charge_of(facts.st_size))
+
+    def drop_seen(self, seen: Seen) -> None:
+        """Remove a file that was seen under this lock."""
+        self._remove(seen.name, seen.charge)
+
+    def drop_unused(self, name: str, used: int) -> bool:
+        """Remove the file unless it has been used since *used*; whether it was removed."""
+        facts = self._facts(name)
+        if facts is None or facts.st_atime_ns != used or not stat.S_ISREG(facts.st_mode):
+            return False
+        self._remove(name, charge_of(facts.st_size))
+        return True
+
+    def _remove(self, name: str, charge: int | None) -> None:
         bucket = bucket_of(name)
         self._table.begin(bucket)
         try:
-            if facts is not None and stat.S_ISREG(facts.st_mode):
+            if charge is not None:
                 with suppress(FileNotFoundError):  # somebody's rm was quicker
                     os.unlink(name, dir_fd=self._fd)
-                self._table.charge(self._number, -charge_of(facts.st_size))
+                self._table.charge(self._number, -charge)
         finally:
             self._table.end(bucket)
 
@@ -289,11 +321,6 @@ class Shelf:
             return os.stat(name, dir_fd=self._fd, follow_symlinks=False)
         except FileNotFoundError:
             return None
-
-    def used(self, name: str) -> int | None:
-        """When the file was last used; None: it isn't there."""
-        facts = self._facts(name)
-        return None if facts is None else facts.st_atime_ns
 
     def look(self) -> list[Seen]:
         """Every file of ours."""
@@ -308,7 +335,7 @@ class Shelf:
         total = expired = 0
         for seen in self.look():
             if seen.until <= now and self._is_over(seen, now):
-                self.drop(seen.name)
+                self.drop_seen(seen)
                 expired += 1
             else:
                 total += seen.charge
@@ -339,13 +366,17 @@ def is_live_entry(seen: Seen, path: str, now: float) -> bool:
     return seen.kind == Kind.ENTRY
 
 
+def _write_all(file: int, data: bytes) -> None:
+    done = os.write(file, data)
+    while done < len(data):
+        done += os.write(file, memoryview(data)[done:])
+
+
 def write_new(path: str, data: bytes) -> None:
     file = os.open(path, _CREATE, 0o600)
     try:
         os.fchmod(file, 0o600)
-        left = memoryview(data)
-        while left:
-            left = left[os.write(file, left) :]
+        _write_all(file, data)
     except BaseException:
         os.unlink(path)
         raise

@@ -12,7 +12,7 @@ paid for by many writes. One process at a time evicts.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from heapq import heappop, heappush
 from itertools import groupby
@@ -25,6 +25,8 @@ from ._file_shelf import LOCK_SECONDS, Seen, Shelf, is_live_entry, look, store_e
 
 T = TypeVar("T")
 Shelves = Sequence[tuple[str, int]]
+Steps = Generator[None, None, int]
+"""Work in steps of some milliseconds, so that its thread is never gone for long. What it holds goes with it."""
 
 _SLICE: Final = 0.005
 _FRONT: Final = 2048  # a head and nearly every key
@@ -88,6 +90,9 @@ def clear(folder: Folder, prefix: bytes, shelves: Shelves) -> tuple[int, StoreEr
 
 
 def _clear_one(shelf: Shelf, seen: Seen, prefix: bytes, *, whole: bool, now: float) -> bool:
+    if whole and seen.kind == Kind.ENTRY and seen.until > now:  # as good as all: it need not be opened to be removed
+        shelf.drop_seen(seen)
+        return True
     data = _front(shelf.front, seen.name)
     if data is None:
         return False
@@ -95,11 +100,11 @@ def _clear_one(shelf: Shelf, seen: Seen, prefix: bytes, *, whole: bool, now: flo
         key, head = key_of(data), unpack_head(data)
     except FrameError:
         if whole:
-            shelf.drop(seen.name)
+            shelf.drop_seen(seen)
         return False
     if not key.startswith(prefix):
         return False
-    shelf.drop(seen.name)
+    shelf.drop_seen(seen)
     return head.kind == Kind.ENTRY and is_live(head, now)
 
 
@@ -129,26 +134,27 @@ def scan(folder: Folder, prefix: bytes, shelves: Shelves) -> tuple[list[tuple[by
     return [item for page in pages for item in page], left
 
 
-def evict(folder: Folder, max_bytes: int, wait: float) -> int:
-    """Make room if more than *max_bytes* are taken; how many live entries went.
+def evict(folder: Folder, limit: int, target: int, wait: float) -> Steps:
+    """Make room if more than *limit* bytes are taken, in steps; returns how many live entries went.
 
     Args:
         folder: The tree.
-        max_bytes: The bound.
+        limit: What may be taken without anything being done.
+        target: What may still be taken afterwards.
         wait: Seconds to wait for another process that evicts just now.
     """
     dropped = 0
     with suppress(FileNotFoundError), folder.alone(wait) as mine:
         for _ in range(_PASSES if mine else 0):
             folder.refresh()
-            if folder.usage() <= max_bytes:
+            if folder.usage() <= limit:
                 break
-            dropped += _make_room(folder, max_bytes)
+            dropped += yield from _make_room(folder, limit, target)
     return dropped
 
 
-def _make_room(folder: Folder, max_bytes: int) -> int:
-    need = folder.usage() - max_bytes * 9 // 10
+def _make_room(folder: Folder, limit: int, target: int) -> Steps:
+    need = folder.usage() - target
     shelves = folder.shelves()
     oldest: list[_Candidate] = []  # a heap with the one used last on top, which is the first to be spared
     gain = total = 0
@@ -158,6 +164,7 @@ def _make_room(folder: Folder, max_bytes: int) -> int:
             files = look(folder.path(space, shelf))
         except FileNotFoundError:
             continue
+        yield
         for seen in files:
             total += seen.charge
             live = seen.until > now
@@ -170,35 +177,45 @@ def _make_room(folder: Folder, max_bytes: int) -> int:
             gain += seen.charge
             while gain - oldest[0].charge >= need:
                 gain -= heappop(oldest).charge
-    if total <= max_bytes:  # the tables are wrong, not the folder too full
+    if total <= limit:  # the tables are wrong, not the folder too full
         left: Shelves = shelves
         while left:
             _, left = sweep(folder, left)
+            yield
         folder.finish_sweep()
         return 0
-    return _drop(folder, oldest)
+    return (yield from _drop(folder, oldest))
 
 
-def _drop(folder: Folder, candidates: list[_Candidate]) -> int:
+def _drop(folder: Folder, candidates: list[_Candidate]) -> Steps:
     dropped = 0
     candidates.sort(key=lambda one: (one.space, one.shelf))
     for (space, shelf), group in groupby(candidates, lambda one: (one.space, one.shelf)):
         try:
             with folder.lock(space, shelf, time.monotonic() + _PATIENCE, make=False) as held:
                 for one in group:
-                    if held.used(one.name) == one.used:
-                        held.drop(one.name)
-                        dropped += one.live
+                    dropped += held.drop_unused(one.name, one.used) and one.live
         except (FileNotFoundError, StoreTimeoutError):  # gone, or in use and thus not the oldest
-            continue
+            pass
+        yield
     return dropped
 
 
-def count(folder: Folder) -> dict[str, int]:
-    """How many files, expired files, bytes and live entries there are."""
-    facts = {"total_files": 0, "expired_files": 0, "total_bytes": 0, "total_keys": 0}
+def step(work: Steps) -> int | None:
+    """Do the next step; the result after the last."""
+    try:
+        next(work)
+    except StopIteration as end:
+        result: int = end.value
+        return result
+    return None
+
+
+def count(folder: Folder, facts: dict[str, int], shelves: Shelves) -> Shelves:
+    """Add to *facts* how many files, expired files, bytes and live entries there are in some of *shelves*."""
     now = folder.clock()
-    for space, shelf in folder.shelves():
+
+    def one(space: str, shelf: int) -> None:
         path = folder.path(space, shelf)
         with suppress(FileNotFoundError):
             for seen in look(path):
@@ -207,4 +224,5 @@ def count(folder: Folder) -> dict[str, int]:
                 facts["expired_files"] += seen.until <= now
                 with suppress(OSError):
                     facts["total_keys"] += is_live_entry(seen, path, now)
-    return facts
+
+    return slice_of(shelves, one)[1]

@@ -1,9 +1,13 @@
 """A store in a folder: no server, many processes, nothing lost to a kill.
 
-Strategy: every call is one job in a thread of the store's own (``_file_batches``; scan and clear: one for a few
-shelves each), so the event loop never waits for a disk and a cancelled caller never leaves a job half-way. What has
-to be true on disk is true there, whoever dies when: see ``_file_folder``. This module is what binds that to an event
-loop: threads, the sweep in the background, eviction when a write went over the bound.
+Strategy: every call is one job in a thread of the store's own (``_file_batches``), so the event loop never waits for a
+disk and a cancelled caller never leaves a job half-way. What has to be true on disk is true there, whoever dies when:
+see ``_file_folder``. This module is what binds that to an event loop: threads, the sweep in the background, eviction
+when a write went over the bound.
+
+What goes over whole folders (scan, clear, info, sweep, eviction) goes shelf by shelf through ``aiofiles`` and a thread
+apart, so that it stands in no read's way. Reads and writes don't go that way: a coroutine, a task and an executor's
+future for each took longer than the work (``_file_threads``).
 
 Rules:
 - Jobs hold no lock of this process, so that a fork never inherits one; the child makes threads of its own.
@@ -21,8 +25,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -37,6 +40,7 @@ from . import _file_upkeep, next_store_id
 from ._file_batches import Batches
 from ._file_folder import Folder
 from ._file_shelf import bucket_of, store_error
+from ._file_threads import Aside, Threads
 
 T = TypeVar("T")
 
@@ -47,18 +51,21 @@ _FIRST_SWEEP: Final = 0.5  # seconds after opening: programs that run for a mome
 _BREATH: Final = 0.05  # seconds between the slices of a background sweep
 _SWEEP_SHARE: Final = 20  # times as long as a sweep took until the next one
 _ROOM: Final = 0.05  # seconds that a write waits for the eviction it caused
+_LARGE: Final = 1 << 26  # bytes of bound from which on room is made ahead
+_AHEAD: Final = 32  # the part of such a bound that is kept free for writes while room is made
 _POLLS: Final = (0.005, 1.5, 0.05)  # of a stamp somebody waits for: first pause, growth, longest pause
+_PAGE: Final = 500  # entries of a scan handed out between two turns of the loop
 _MAX_SLOTS: Final = 65_536
 
 
 class _State:
     """What belongs to one event loop."""
 
-    __slots__ = ("jobs", "keeper", "room", "upkeep")
+    __slots__ = ("aside", "keeper", "room", "threads")
 
-    def __init__(self, threads: int) -> None:
-        self.jobs = ThreadPoolExecutor(threads, thread_name_prefix="mcp_hub_cache")
-        self.upkeep = ThreadPoolExecutor(1, thread_name_prefix="mcp_hub_cache_upkeep")
+    def __init__(self, threads: Threads, aside: Aside) -> None:
+        self.threads = threads
+        self.aside = aside
         self.keeper: asyncio.Task[None] | None = None
         self.room: asyncio.Task[None] | None = None
 
@@ -101,6 +108,9 @@ class FileStore:
         self.on_evict = on_evict
         self._directory = directory
         self._max_bytes = max_bytes
+        # A folder of many files takes seconds to look through, and writers that are over the bound wait. So where there
+        # is enough room to spare, it is made before the bound is met.
+        self._limit = 0 if max_bytes is None else max_bytes - (max_bytes // _AHEAD if max_bytes >= _LARGE else 0)
         self._threads = threads
         self._sweep_interval = sweep_interval
         self._clock = clock
@@ -112,7 +122,7 @@ class FileStore:
         )
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> _State:
-        state = _State(self._threads)
+        state = _State(Threads(loop, self._threads, "mcp_hub_cache"), Aside("mcp_hub_cache_upkeep"))
         state.keeper = loop.create_task(self._keep(), name="mcp_hub_cache sweep")
         return state
 
@@ -120,23 +130,22 @@ class FileStore:
         tasks = [task for task in (state.keeper, state.room) if task is not None]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        # Jobs that run end; waiting for that must not stop the loop, so a thread does it.
-        closer = ThreadPoolExecutor(1, thread_name_prefix="mcp_hub_cache_close")
         try:
-            await asyncio.get_running_loop().run_in_executor(closer, _shut_down, state)
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await state.threads.aclose()
         finally:
-            closer.shutdown(wait=False)
+            await state.aside.aclose()
         if self._local.peek() is None:
             self._folder.close()
 
-    async def _job(self, work: Callable[..., T], *args: object) -> T:
-        result: T = await _in_thread(self._folder, work, *args, executor=self._local.get().jobs)
-        return result
+    def _job(self, work: Callable[..., T], *args: object) -> Awaitable[T]:
+        return self._local.get().threads.submit(_call, self._folder, work, *args)
 
-    async def _change(self, work: Callable[..., T], *args: object) -> T:
-        result = await self._job(work, *args)
-        await self._keep_bound()
+    def _change(self, work: Callable[..., T], *args: object) -> Awaitable[T]:
+        return self._local.get().threads.submit(_call, self._folder, work, *args, then=self._is_waiting_for_room)
+
+    async def _aside(self, work: Callable[..., T], *args: object) -> T:
+        result: T = await _in_thread(self._folder, work, *args, executor=self._local.get().aside)
         return result
 
     def now(self) -> float:
@@ -149,57 +158,61 @@ class FileStore:
 
     # Store
 
-    async def get_many(self, keys: Sequence[bytes], /) -> list[bytes | None]:
+    def get_many(self, keys: Sequence[bytes], /) -> Awaitable[list[bytes | None]]:
         """See ``Store.get_many``."""
-        return await self._job(self._batches.get, keys)
+        return self._job(self._batches.get, keys)
 
-    async def head_many(self, keys: Sequence[bytes], /) -> list[bytes | None]:
+    def head_many(self, keys: Sequence[bytes], /) -> Awaitable[list[bytes | None]]:
         """See ``Store.head_many``."""
-        return await self._job(self._batches.get, keys, HEAD_SIZE)
+        return self._job(self._batches.get, keys, HEAD_SIZE)
 
-    async def begin_many(self, keys: Sequence[bytes], /, *, hold: float) -> list[Begun]:
+    def begin_many(self, keys: Sequence[bytes], /, *, hold: float) -> Awaitable[list[Begun]]:
         """See ``Store.begin_many``."""
-        return await self._change(self._batches.begin, keys, hold)
+        return self._change(self._batches.begin, keys, hold)
 
-    async def write_many(self, writes: Sequence[Write], /) -> list[Outcome]:
+    def write_many(self, writes: Sequence[Write], /) -> Awaitable[list[Outcome]]:
         """See ``Store.write_many``. Returns within the bound where eviction takes no longer than 50 ms."""
-        return await self._change(self._batches.write, writes)
+        return self._change(self._batches.write, writes)
 
-    async def patch_many(self, patches: Sequence[Patch], /) -> list[Outcome]:
+    def patch_many(self, patches: Sequence[Patch], /) -> Awaitable[list[Outcome]]:
         """See ``Store.patch_many``."""
-        return await self._job(self._batches.patch, patches)
+        return self._job(self._batches.patch, patches)
 
-    async def delete_many(self, keys: Sequence[bytes], /) -> list[bytes | None]:
+    def delete_many(self, keys: Sequence[bytes], /) -> Awaitable[list[bytes | None]]:
         """See ``Store.delete_many``."""
-        return await self._job(self._batches.delete, keys)
+        return self._job(self._batches.delete, keys)
 
     async def scan(self, prefix: bytes, /) -> AsyncGenerator[list[tuple[bytes, bytes]], None]:
         """See ``Store.scan``. One job per page, of what a few milliseconds find."""
-        shelves: _file_upkeep.Shelves = await self._job(self._folder.shelves, prefix)
+        shelves: _file_upkeep.Shelves = await self._aside(self._folder.shelves, prefix)
         while shelves:
-            page, shelves = await self._job(_file_upkeep.scan, self._folder, prefix, shelves)
-            if page:
-                yield page
+            page, shelves = await self._aside(_file_upkeep.scan, self._folder, prefix, shelves)
+            for start in range(0, len(page), _PAGE):
+                yield page[start : start + _PAGE]
+                await asyncio.sleep(0)
 
     async def clear(self, prefix: bytes, /) -> int:
         """See ``Store.clear``. One job per few shelves; a shelf that can't be cleared keeps none of the others."""
-        shelves: _file_upkeep.Shelves = await self._job(self._folder.shelves, prefix)
+        shelves: _file_upkeep.Shelves = await self._aside(self._folder.shelves, prefix)
         total, trouble = 0, None
         while shelves:
-            count, error, shelves = await self._job(_file_upkeep.clear, self._folder, prefix, shelves)
+            count, error, shelves = await self._aside(_file_upkeep.clear, self._folder, prefix, shelves)
             total += count
             trouble = trouble or error
         if trouble is not None:
             raise trouble
         return total
 
-    async def ping(self) -> None:
+    def ping(self) -> Awaitable[None]:
         """Return if the folder is there, or can be made, and takes a file. Leaves none."""
-        await self._job(self._folder.probe)
+        return self._job(self._folder.probe)
 
     async def info(self) -> Mapping[str, str | int | float]:
         """Files and entries of all namespaces, counted."""
-        facts = await self._job(_file_upkeep.count, self._folder)
+        facts = {"total_files": 0, "expired_files": 0, "total_bytes": 0, "total_keys": 0}
+        shelves: _file_upkeep.Shelves = await self._aside(self._folder.shelves)
+        while shelves:
+            shelves = await self._aside(_file_upkeep.count, self._folder, facts, shelves)
         size_mb = round(facts["total_bytes"] / (1024 * 1024), 2)
         return {"cache_dir": str(self._directory), **facts, "total_size_mb": size_mb}
 
@@ -237,13 +250,13 @@ class FileStore:
         """See ``Coherent.distrust``."""
         self._folder.distrust()
 
-    async def renew_many(self, held: Sequence[Held], /, *, hold: float) -> list[bool]:
+    def renew_many(self, held: Sequence[Held], /, *, hold: float) -> Awaitable[list[bool]]:
         """See ``Leases.renew_many``."""
-        return await self._job(self._batches.renew, held, hold)
+        return self._job(self._batches.renew, held, hold)
 
-    async def release_many(self, held: Sequence[Held], /) -> None:
+    def release_many(self, held: Sequence[Held], /) -> Awaitable[None]:
         """See ``Leases.release_many``."""
-        await self._job(self._batches.release, held)
+        return self._job(self._batches.release, held)
 
     # In the background
 
@@ -252,25 +265,21 @@ class FileStore:
         return await self._sweep(pause=0.0)
 
     async def _sweep(self, pause: float) -> int:
-        shelves: _file_upkeep.Shelves = await self._background(self._folder.shelves)
+        shelves: _file_upkeep.Shelves = await self._aside(self._folder.shelves)
         total = 0
         while shelves:
-            count, shelves = await self._background(_file_upkeep.sweep, self._folder, shelves)
+            count, shelves = await self._aside(_file_upkeep.sweep, self._folder, shelves)
             total += count
             await asyncio.sleep(pause)
-        await self._background(self._folder.finish_sweep)
+        await self._aside(self._folder.finish_sweep)
         return total
-
-    async def _background(self, work: Callable[..., T], *args: object) -> T:
-        result: T = await _in_thread(self._folder, work, *args, executor=self._local.get().upkeep)
-        return result
 
     async def _keep(self) -> None:
         await asyncio.sleep(_FIRST_SWEEP)
         due, interval = 0.0, self._sweep_interval
         while True:
             try:
-                await self._background(self._folder.refresh)
+                await self._aside(self._folder.refresh)
                 if time.monotonic() >= due:
                     # One sweep per interval does for all processes; the first is each one's own, for what a kill left.
                     began = time.monotonic()
@@ -278,7 +287,8 @@ class FileStore:
                     due = began + interval
                     if not fresh:
                         await self._sweep(_BREATH)
-                        await self._keep_bound()
+                        if (room := self._keep_bound()) is not None:
+                            await asyncio.wait({room}, timeout=_ROOM)
                         interval = max(self._sweep_interval, _SWEEP_SHARE * (time.monotonic() - began))
                         due = time.monotonic() + interval
             except StoreError as error:
@@ -287,17 +297,37 @@ class FileStore:
                 _log.exception("the sweep of the file cache failed")
             await asyncio.sleep(min(_WATCH, self._sweep_interval))
 
-    async def _keep_bound(self) -> None:
-        if self._max_bytes is None or self._folder.usage() <= self._max_bytes:
-            return
-        state = self._local.get()
+    def _keep_bound(self) -> asyncio.Task[None] | None:
+        """Start to make room if there is need; the task that does so."""
+        if self._max_bytes is None or self._folder.usage() <= self._limit:
+            return None
+        state = self._local.peek()
+        if state is None:  # being closed
+            return None
         if state.room is None or state.room.done():
-            state.room = asyncio.get_running_loop().create_task(self._make_room(self._max_bytes))
-        await asyncio.wait({state.room}, timeout=_ROOM)
+            state.room = asyncio.get_running_loop().create_task(self._make_room(self._limit, self._max_bytes * 9 // 10))
+        return state.room
 
-    async def _make_room(self, max_bytes: int) -> None:
+    def _is_waiting_for_room(self, future: asyncio.Future[T], result: T) -> bool:
+        """Whether the writer that *future* is of has to wait for the eviction it caused; it is told the result then."""
+        room = self._keep_bound()
+        if room is None or self._max_bytes is None or self._folder.usage() <= self._max_bytes:
+            return False
+
+        def go_on(_: object = None) -> None:
+            late.cancel()
+            if not future.done():
+                future.set_result(result)
+
+        late = future.get_loop().call_later(_ROOM, go_on)
+        room.add_done_callback(go_on)
+        return True
+
+    async def _make_room(self, limit: int, target: int) -> None:
         try:
-            dropped = await self._background(_file_upkeep.evict, self._folder, max_bytes, _ROOM)
+            work = _file_upkeep.evict(self._folder, limit, target, _ROOM)
+            while (dropped := await self._aside(_file_upkeep.step, work)) is None:
+                pass
         except StoreError as error:
             _log.warning("the file cache could not make room: %s", error)
             return
@@ -313,8 +343,3 @@ def _call(folder: Folder, work: Callable[..., Any], *args: object) -> Any:
 
 
 _in_thread: Final[Callable[..., Any]] = wrap(_call)
-
-
-def _shut_down(state: _State) -> None:
-    state.jobs.shutdown()
-    state.upkeep.shutdown()

@@ -1,9 +1,12 @@
 """A store in this process's memory: for tests, for programs that need no more, and as the last resort.
 
 Strategy: one dict from key to (frame, dead line), guarded by nothing, since no method awaits between looking and
-    acting:
-every operation is atomic on its event loop. Every method returns a finished future, so that callers pay no task.
-Expired entries go when they are met and by a sweep over a few keys with every write; the oldest go for room.
+acting: what concerns a key is atomic on its event loop. Those methods return a finished future, so that callers pay no
+task. Expired entries go when they are met and by a sweep over a few keys with every write; the oldest go for room.
+
+What goes over all entries (scan, clear, info) lets the loop have a turn after every few hundred. For that the keys also
+stand in buckets by their hash, each of which is copied when its turn comes: a copy of all keys alone would hold up the
+loop (30 ms for a million), and a walk along a dict can't go on once the dict has changed.
 
 The store outlives event loops: it holds nothing that is bound to one, except the waiters in ``changed``.
 """
@@ -13,8 +16,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
 from typing import ClassVar, Final, Literal, TypeVar
 
 from .._changes import SLOTS, Changes, Slot
@@ -28,6 +31,7 @@ T = TypeVar("T")
 
 _SWEEP: Final = 2  # expired entries looked for per write: more than one, so that the dead go faster than the new come
 _PAGE: Final = 500
+_BUCKETS: Final = 256
 
 
 def _done(value: T) -> asyncio.Future[T]:
@@ -64,6 +68,7 @@ class MemoryStore:
         self._max_bytes = max_bytes
         self._size = 0
         self._entries: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()  # least recently used first
+        self._buckets: defaultdict[int, set[bytes]] = defaultdict(set)
         self._words = [0] * SLOTS
         self._changes = Changes(self._words, self._clock)
         self._waiters: dict[int, list[asyncio.Future[None]]] = {}
@@ -95,7 +100,12 @@ class MemoryStore:
             return StoreFullError(
                 f"an entry of {size} bytes does not fit in {self._max_bytes}.", cure="Raise max_bytes."
             )
-        self._drop(key)
+        held = self._entries.pop(key, None)  # to come back as the one used last
+        self._bump(key)
+        if held is None:
+            self._buckets[hash(key) % _BUCKETS].add(key)
+        else:
+            self._size -= len(key) + len(held[0])
         self._entries[key] = (frame, math.inf if keep is None else self._clock() + keep)
         self._size += size
         self._make_room()
@@ -106,6 +116,7 @@ class MemoryStore:
         self._bump(key)
         if held is None:
             return None
+        self._buckets[hash(key) % _BUCKETS].discard(key)
         self._size -= len(key) + len(held[0])
         return held[0] if self._clock() < held[1] else None
 
@@ -183,33 +194,53 @@ class MemoryStore:
 
     async def scan(self, prefix: bytes, /) -> AsyncGenerator[list[tuple[bytes, bytes]], None]:
         """See ``Store.scan``. Pages of up to 500, with a turn of the loop between them."""
-        keys = [key for key in self._entries if key.startswith(prefix)]
-        for start in range(0, len(keys), _PAGE):
+        for keys in self._pages():
             now = self._clock()
-            held = ((key, self._entries.get(key)) for key in keys[start : start + _PAGE])
-            yield [(key, entry[0][:HEAD_SIZE]) for key, entry in held if entry is not None and now < entry[1]]
+            held = ((key, self._entries.get(key)) for key in keys if key.startswith(prefix))
+            page = [(key, entry[0][:HEAD_SIZE]) for key, entry in held if entry is not None and now < entry[1]]
+            if page:
+                yield page
             await asyncio.sleep(0)
 
-    def clear(self, prefix: bytes, /) -> Awaitable[int]:
-        """See ``Store.clear``."""
-        frames = [self._drop(key) for key in [key for key in self._entries if key.startswith(prefix)]]
-        heads = [peek(frame) for frame in frames if frame is not None]
-        return _done(sum(1 for head in heads if head is not None and head.kind == Kind.ENTRY))
+    def _pages(self) -> Iterator[list[bytes]]:
+        """All keys that are there throughout, up to 500 at a time; the loop may have its turn between them."""
+        page: list[bytes] = []
+        for number in range(_BUCKETS):
+            page += self._buckets.get(number, ())
+            while len(page) > _PAGE:
+                yield page[:_PAGE]
+                del page[:_PAGE]
+        yield page
+
+    async def clear(self, prefix: bytes, /) -> int:
+        """See ``Store.clear``. What is written while it goes on may stay; up to 500 entries go at once."""
+        total = 0
+        for keys in self._pages():
+            for key in keys:
+                if key.startswith(prefix):
+                    frame = self._drop(key)
+                    head = None if frame is None else peek(frame)
+                    total += head is not None and head.kind == Kind.ENTRY
+            await asyncio.sleep(0)
+        return total
 
     def ping(self) -> Awaitable[None]:
         """Always serves."""
         return _done(None)
 
-    def info(self) -> Awaitable[Mapping[str, str | int | float]]:
+    async def info(self) -> Mapping[str, str | int | float]:
         """Entries and bytes held."""
-        now = self.now()
-        expired = sum(1 for frame, dead in self._entries.values() if now >= dead or not is_live(peek(frame), now))
-        facts: Mapping[str, str | int | float] = {
-            "total_keys": len(self._entries) - expired,
+        expired = 0
+        for keys in self._pages():
+            now = self._clock()
+            held = (entry for entry in map(self._entries.get, keys) if entry is not None)
+            expired += sum(1 for frame, dead in held if now >= dead or not is_live(peek(frame), now))
+            await asyncio.sleep(0)
+        return {
+            "total_keys": max(0, len(self._entries) - expired),
             "expired_keys": expired,
             "total_bytes": self._size,
         }
-        return _done(facts)
 
     def aclose(self) -> Awaitable[None]:
         """Nothing to give back; the entries stay for the next loop."""

@@ -1,0 +1,91 @@
+"""Reading many files: three system calls each where all is as it should be.
+
+Strategy: open, one read, close. Of what came, the head says whether it is a whole frame that has not expired; then
+nobody asks the file system for type and size. Whatever else it is goes the careful way (``read_frame``), which asks
+for everything, in its own time. (Seen: 7.0 µs a read where the careful way takes 14.)
+
+That an entry was used is noted at most once a second: the least recently used is known to a second, and what is read
+often costs no more than its read.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from struct import Struct
+from typing import Final
+
+from .._frame import HEAD_SIZE, peek
+from ._file_shelf import QUIET, VERSION_1, hint, read_frame
+
+# What a whole frame of version 1 is told by: magic and version, keep_until, and the lengths of its parts (``_frame``).
+# The checksums are the engine's to verify: what is damaged in a way that shows only there goes to it as it is.
+_PARTS: Final = Struct("<5s27xd4xHHI")
+_MARK_SIZE: Final = 24
+
+_CHUNK: Final = 64 * 1024  # to ask for more than there is costs nothing; what is larger than this can be asked twice
+_NOTED_FOR: Final = 1.0
+
+
+class Reads:
+    """Reads of whole frames, which count as use.
+
+    Args:
+        clock: Seconds since the epoch.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._noted: set[str] = set()  # what was noted as used since ``_since``
+        self._since = 0.0
+
+    def read(self, paths: Iterable[str]) -> tuple[list[bytes | None], list[OSError]]:
+        """The frames in those files, and what kept it from reading some. None and order: see ``read_frame``."""
+        now = self._clock()
+        noted = self._fresh()
+        found: list[bytes | None] = []
+        trouble: list[OSError] = []
+        for path in paths:
+            try:
+                found.append(self._one(path, now, noted))
+            except FileNotFoundError:
+                found.append(None)
+            except OSError:
+                try:
+                    found.append(read_frame(path, self._clock))
+                except OSError as error:
+                    trouble.append(error)
+                    found.append(None)
+        return found, trouble
+
+    def _fresh(self) -> set[str]:
+        now = time.monotonic()
+        if now - self._since >= _NOTED_FOR:
+            self._since = now
+            self._noted = set()
+        return self._noted
+
+    def _one(self, path: str, now: float, noted: set[str]) -> bytes | None:
+        file = os.open(path, QUIET)
+        try:
+            data = os.read(file, _CHUNK)
+            if len(data) > HEAD_SIZE:
+                version, keep_until, key, marks, payload = _PARTS.unpack_from(data)
+                whole = len(data) == HEAD_SIZE + key + marks * _MARK_SIZE + payload
+                if whole and version == VERSION_1 and now < keep_until:
+                    if path not in noted:
+                        _note(file, data)
+                        noted.add(path)
+                    return data
+        finally:
+            os.close(file)
+        return read_frame(path, self._clock)
+
+
+def _note(file: int, frame: bytes) -> None:
+    head = peek(frame)
+    if head is not None:
+        with suppress(OSError):  # not ours to mark as used: a read-only folder
+            os.utime(file, ns=(time.time_ns(), hint(head.keep_until, head.kind)))
