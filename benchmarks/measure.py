@@ -23,7 +23,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from .values import WrongValueError, compare
+from .values import Make, WrongValueError, compare, result
 
 Get = Callable[[str], Awaitable[Any]]
 
@@ -50,7 +50,6 @@ class Side:
     Attributes:
         run: Does so many operations, and returns the seconds they took.
         least: At least so many operations in a slice: each caller should have several turns.
-        per: Operations that count as one, as 100 keys in one call.
     """
 
     run: Callable[[int], Awaitable[float]]
@@ -105,17 +104,16 @@ async def pairs(ours: Side, theirs: Side, method: Method, number: int | None = N
     return paired
 
 
-def number_of(value: Any) -> object:
-    """Return the number in a value as ``values.result`` makes them."""
-    return value["number"]
+def reads(
+    get: Get, keys: Sequence[str], callers: int, *, numbers: Sequence[int] | None = None, make: Make = result
+) -> Side:
+    """So many long-lived tasks, each asking for one key after the other.
 
-
-def reads(get: Get, keys: Sequence[str], callers: int) -> Side:
-    """So many long-lived tasks, each asking for one key after the other. Key i must hold ``values.result(i)``.
-
+    The first key must hold the value that *make* makes of the first number, and so on; without *numbers*: of 0, 1, ….
     No two callers ask for the same key, so that nobody gains by merging equal reads.
     """
-    shares = [[(keys[number], number) for number in range(first, len(keys), callers)][:16] for first in range(callers)]
+    numbered = list(zip(keys, range(len(keys)) if numbers is None else numbers, strict=True))
+    shares = [numbered[first::callers][:16] for first in range(callers)]
 
     async def run(count: int) -> float:
         waiting, left = callers, count
@@ -125,7 +123,7 @@ def reads(get: Get, keys: Sequence[str], callers: int) -> Side:
         async def caller(share: list[tuple[str, int]]) -> None:
             nonlocal waiting, left, started, stopped
             key, number = share[0]
-            compare(await get(key), number)
+            compare(await get(key), number, make)
             waiting -= 1
             if not waiting:
                 started = time.perf_counter()
@@ -139,7 +137,7 @@ def reads(get: Get, keys: Sequence[str], callers: int) -> Side:
                 if left <= 0:
                     if left == 0:
                         stopped = time.perf_counter()
-                    compare(value, number)
+                    compare(value, number, make)
                     return
 
         await _all(caller(share) for share in shares)

@@ -23,12 +23,18 @@ nox -s bench -- --publish             # what is in this folder
 Nothing is needed but the environment that nox makes: the benchmarks start a Valkey of their own.
 """
 
+_RESULTS = """\
+## Results
+
+A ratio is ours over theirs: of rates where at least so much is wanted (≥), of times where at most (≤).
+"""
+
 _METHOD = """\
 ## Method
 
 - **Pairs, back to back.** Shared machines change their speed within a second. Both sides of a row are measured one
-  after the other, about {slice:.0f} ms each, the order alternating; a row is the median of {pairs} pairs' ratios, with their
-  quartiles. Absolute figures are medians too. They say something about this machine only, and are never the claim.
+  after the other, about {slice:.0f} ms each, the order alternating; a row is the median of {pairs} pairs' ratios, with
+  their quartiles. Absolute figures are medians too. They are of this machine only, and never the claim.
 - **Steady state.** With N callers, N tasks ask for one key after the other, no two for the same. The clock starts when
   every one has had its first value.
 - **Checked.** A wrong value ends the run. Each read on the clock is looked at (a text whole, JSON for the number of its
@@ -59,8 +65,7 @@ def page(folder: Path) -> str:
         method = results["method"]
         parts += [
             _HEAD.format(minutes=max(1, round(method["seconds"] / 60))),
-            "## Results\n\nA ratio is of rates where at least so much is wanted (≥), of times where at most (≤): ours over"
-            " theirs.\n",
+            _RESULTS,
             (folder / "table.md").read_text(encoding="utf-8"),
             *(f"![{title}]({name})\n" for name, title in _PICTURES.items() if (folder / name).exists()),
         ]
@@ -86,8 +91,8 @@ def _machine(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
         "## Machine and versions\n\n"
-        f"{machine['cores']} cores of an {machine['cpu']}, {machine['memory_gib']} GiB, {machine['system']}, shared with "
-        f"the server and whatever else ran (load at the end: {machine['load_at_the_end']}).\n\n{versions}.\n"
+        f"{machine['cores']} cores of an {machine['cpu']}, {machine['memory_gib']} GiB, {machine['system']}, shared "
+        f"with the server and whatever else ran (load at the end: {machine['load_at_the_end']}).\n\n{versions}.\n"
     )
 
 
@@ -96,8 +101,8 @@ def _growth(growth: dict[str, Any]) -> str:
     lines = [
         "## Growth",
         "",
-        f"From `nox -s bench -- --growth`, {max(1, round(growth['method']['seconds'] / 60))} minutes. A slope is that of"
-        " the line in the log-log picture: 0 is constant cost, 1 is proportional.",
+        f"From `nox -s bench -- --growth` ({max(1, round(growth['method']['seconds'] / 60))} minutes).",
+        "A slope is that of the line in the log-log picture: 0 is constant cost, 1 is proportional.",
         "",
     ]
     for name, curve in growth["curves"].items():

@@ -120,7 +120,7 @@ def _versions(bench: Bench) -> dict[str, str]:
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A row's texts, in the order of the head."""
     kind = Kind(row["kind"])
-    work = row["work"] + (f" ({row['note']})" if row["note"] else "")
+    work = row["work"] + (f", {row['note']}" if row["note"] else "")
     target = "" if row["target"] is None else f"{'≥' if kind.more_is_better else '≤'} {row['target']:g}"
     if row["figure"] is None:
         return work, row["against"], "-", f"skipped: {row['skipped']}", target, "", "", ""

@@ -23,7 +23,8 @@ from .values import WrongValueError, blob, compare, result, sized
 
 _SIZE = 5_000_000
 _CALLERS = 10
-_SECONDS = 0.15  # a slice: enough for a p99
+_SECONDS = 0.15  # a slice, or longer
+_LEAST = 200  # reads that a p99 is taken of
 _STALLS = 9
 
 
@@ -41,7 +42,6 @@ async def run(bench: Bench) -> None:
             await ours.set(f"big:{kind}", value)
             await _beside(bench, ours, keys, kind, value)
             await _stalls(bench, ours, kind, value)
-        _loads(bench, values["json"])
     finally:
         await ours.close()
 
@@ -70,7 +70,7 @@ async def _beside(bench: Bench, ours: Ours, keys: list[str], kind: str, value: A
                 (paired.ours, paired.theirs)[which].append(p99)
         if await ours.get(f"big:{kind}") != value:
             raise WrongValueError(f"big {kind}")
-        bench.paired(row, paired, note=f"the big value {done / bench.method.pairs:.0f} times a slice of {_SECONDS} s")
+        bench.paired(row, paired, note=f"which was {name} {done / bench.method.pairs:.0f} times in a slice")
 
 
 def _number(value: Any) -> int:
@@ -81,7 +81,8 @@ def _number(value: Any) -> int:
 async def _p99(get: Get, keys: list[str], work: Callable[[], Awaitable[None]] | None, quick: bool) -> tuple[float, int]:
     """Return the p99 of small reads over a slice, and how often *work* was done beside them."""
     latencies: list[float] = []
-    working, done, times = True, asyncio.Event(), 0
+    working, done, enough, times = True, asyncio.Event(), asyncio.Event(), 0
+    least = 10 if quick else _LEAST
 
     async def reader(number: int, key: str) -> None:
         value = None
@@ -89,6 +90,8 @@ async def _p99(get: Get, keys: list[str], work: Callable[[], Awaitable[None]] | 
             asked = time.perf_counter()
             value = await get(key)
             latencies.append(time.perf_counter() - asked)
+            if len(latencies) >= least:
+                enough.set()
             if value["number"] != number:
                 raise WrongValueError(key)
         compare(value, number)
@@ -109,7 +112,9 @@ async def _p99(get: Get, keys: list[str], work: Callable[[], Awaitable[None]] | 
         if work is not None:  # from the second on: its own wire is open then
             await done.wait()
         latencies.clear()
-        await asyncio.sleep(0.02 if quick else _SECONDS)
+        enough.clear()
+        await asyncio.sleep(0 if quick else _SECONDS)
+        await enough.wait()
         taken = list(latencies)
         working = False
     return statistics.quantiles(taken, n=100)[98], times
@@ -119,6 +124,8 @@ async def _stalls(bench: Bench, ours: Ours, kind: str, value: Any) -> None:
     if not bench.wants(f"big.stall.{kind}"):
         return
     stalls: list[Stall] = []
+    loads: list[tuple[float, float]] = []
+    data = orjson.dumps(value) if kind == "json" else b"0"
     for _ in range(1 if bench.method.quick else _STALLS):
         async with heartbeat() as stall:
             found = await ours.get(f"big:{kind}")
@@ -126,23 +133,18 @@ async def _stalls(bench: Bench, ours: Ours, kind: str, value: Any) -> None:
             raise WrongValueError(f"big {kind}")
         del found
         stalls.append(stall)
+        started, computed = time.perf_counter(), time.thread_time()
+        found = orjson.loads(data)
+        loads.append((time.perf_counter() - started, time.thread_time() - computed))
+        del found
     computed = statistics.median(stall.computed for stall in stalls)
     bench.single(
         f"big.stall.{kind}",
         [stall.wall * 1e3 for stall in stalls],
         note=f"of which the loop computed {computed * 1e3:.1f} ms",
     )
-
-
-def _loads(bench: Bench, value: Any) -> None:
-    """What decoding alone takes, which is the least that a JSON value of this size can stall a loop."""
-    data = orjson.dumps(value)
-    times = []
-    for _ in range(1 if bench.method.quick else _STALLS):
-        started = time.perf_counter()
-        found = orjson.loads(data)
-        times.append((time.perf_counter() - started) * 1e3)
-        if found != value:
-            raise WrongValueError("orjson")
-        del found
-    bench.single("big.stall.loads", times, note=f"{len(data) / 1e6:.1f} MB")
+    if kind == "json":  # what decoding alone takes, which is the least that such a value can stall a loop
+        computed = statistics.median(computed for _, computed in loads)
+        bench.single(
+            "big.stall.loads", [took * 1e3 for took, _ in loads], note=f"of which it computed {computed * 1e3:.1f} ms"
+        )

@@ -89,3 +89,9 @@ def folder(*, in_memory: bool = False) -> Iterator[Path]:
         yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def room_for_files(place: Path) -> int:
+    """How many small files half of what is free there would hold."""
+    free = os.statvfs(place)
+    return min(free.f_bavail * free.f_frsize // 8192, free.f_favail) // 2

@@ -88,7 +88,7 @@ SPECS: Final = (
     Spec("big.json.written", f"{_SMALL} 5 MB of JSON being written", "p99 alone", TIME),
     Spec("big.stall.bytes", "longest stall of the loop, get of 5 MB of bytes", "", STALL),
     Spec("big.stall.json", "longest stall of the loop, get of 5 MB of JSON", "", STALL),
-    Spec("big.stall.loads", "(the same 5 MB through orjson.loads alone)", "", STALL),
+    Spec("big.stall.loads", "orjson.loads of that JSON alone", "", STALL),
     Spec("near.str.async-lru", _HIT, "async-lru", TIME, 0.4),
     Spec("near.str.cachebox", _HIT, "cachebox", TIME),
     Spec("near.str.cashews", _HIT, "cashews' memory decorator", RATE, 50.0),

@@ -8,9 +8,13 @@ it would flatter the slower one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 TEXT = "Concurrent calls for one key share a single load, so that the tool is asked once."
+
+
+Make = Callable[[int], Any]
 
 
 class WrongValueError(AssertionError):
@@ -38,10 +42,15 @@ def result(number: int) -> dict[str, Any]:
     }
 
 
-def compare(value: object, number: int) -> None:
+def compare(value: object, number: int, make: Make = result) -> None:
     """Compare a whole value with what was stored under key *number*."""
-    if value != result(number):
+    if value != make(number):
         raise WrongValueError(f"key {number} answered {str(value)[:80]}")
+
+
+def small(number: int) -> dict[str, Any]:
+    """Return a value of 100 bytes, for when there are very many."""
+    return {"number": number, "text": TEXT[:70]}
 
 
 def sized(size: int, number: int) -> dict[str, Any]:
