@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -43,6 +45,7 @@ def main() -> None:
     arguments = _arguments()
     method = Method(pairs=1, slice=0.0, quick=True) if arguments.quick else Method()
     out = _DOCS if arguments.publish else arguments.out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("benchmarks: terminated"))  # the server ends with us, however
     started = time.monotonic()
     with valkey() as address:
         bench = Bench(method, address, arguments.only)

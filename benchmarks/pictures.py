@@ -108,8 +108,20 @@ def _lines(axes: Any, series: dict[str, list[tuple[float, float]]]) -> None:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        _plain(axis)
     axes.grid(visible=True)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+
+
+def _plain(axis: Any) -> None:
+    """Whole numbers at 1, 2 and 5 of each decade; at the decades alone where that would be too many."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if value < 1e6 else f"{value / 1e6:g} M"))
 
 
 def _throughput(curve: dict[str, list[dict[str, float]]], out: Path) -> str:
@@ -131,10 +143,12 @@ def _bars(
         if not there:
             continue
         names.append(f"{group}: mcp-hub-cache")
-        values.append(figure(rows[there[0]]["ours"]))
-        for row_id in there:
+        ours = rows[there[0]]["ours"]
+        values.append(figure(ours))
+        for row_id in there:  # by the ratio: rows are not measured at the same time
+            row = rows[row_id]
             names.append(peers[row_id])
-            values.append(figure(rows[row_id]["theirs"]))
+            values.append(figure(ours * row["figure"] if row["kind"] == "rate" else ours / row["figure"]))
     with _figure(path, 0.5 + 0.26 * len(names)) as axes:
         places = range(len(names), 0, -1)
         colors = [_OURS if name.endswith("mcp-hub-cache") else _GREY for name in names]
@@ -144,6 +158,7 @@ def _bars(
         axes.set_xscale("log")
         axes.set_xlim(min(values, default=1) / 2, max(values, default=1) * 3)
         axes.set_xlabel(label)
+        _plain(axes.xaxis)
         axes.grid(visible=True, axis="x")
     return path.name
 

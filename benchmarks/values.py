@@ -65,4 +65,4 @@ def sized(size: int, number: int) -> dict[str, Any]:
 
 def blob(size: int, number: int) -> bytes:
     """Return *size* bytes that no JSON could be mistaken for, with the number of its key."""
-    return number.to_bytes(8, "big") + bytes(range(256)) * (size // 256)
+    return (number.to_bytes(8, "big") + bytes(range(256)) * (size // 256 + 1))[:size]
