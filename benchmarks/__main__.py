@@ -29,7 +29,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="TEXT", help="rows or curves whose id contains this")
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"), help="where to write (%(default)s)")
     parser.add_argument("--publish", action="store_true", help="write into docs/benchmarks, with its table and page")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.publish and (arguments.quick or arguments.only):
+        parser.error("--publish is for a whole run: not with --quick or --only")
+    return arguments
 
 
 async def _run(bench: Bench, arguments: argparse.Namespace) -> None:

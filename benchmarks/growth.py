@@ -133,14 +133,13 @@ def _decades(keys: int) -> Iterator[int]:
 
 async def _callers(bench: Bench) -> None:
     series: dict[str, Points] = {}
+    most = _CALLERS[:3] if bench.method.quick else _CALLERS
     async with AsyncExitStack() as stack:
         for name, cache in (await _both(bench, stack)).items():
-            keys = [f"callers:{index}" for index in range(_CALLERS[-1])]
-            for first in range(0, len(keys), 500):
-                await cache.set_many({keys[index]: result(index) for index in range(first, first + 500)}, ttl="1h")
-            series[name] = [
-                (callers, await _cost(reads(cache.get, keys, callers), bench.method)) for callers in _CALLERS
-            ]
+            keys = [f"callers:{index}" for index in range(most[-1])]
+            for first in range(0, len(keys), 100):
+                await cache.set_many({keys[index]: result(index) for index in range(first, first + 100)}, ttl="1h")
+            series[name] = [(callers, await _cost(reads(cache.get, keys, callers), bench.method)) for callers in most]
     _curve(bench, "callers", "Time per get, by concurrent callers", ("concurrent callers", "µs per get"), series)
 
 
@@ -161,7 +160,7 @@ async def _sizes(bench: Bench) -> None:
         for name, cache in (await _both(bench, stack)).items():
             for kind, make in (("JSON", sized), ("bytes", blob)):
                 points: Points = []
-                for size in _SIZES:
+                for size in _SIZES[:4] if bench.method.quick else _SIZES:
                     value = make(size, 3)  # type: ignore[operator]  # either takes a size and a number
                     await cache.set("sized", value, ttl="1h")
                     points.append(
@@ -196,7 +195,7 @@ async def _processes(bench: Bench) -> None:
         for name, task in {"one server": {"url": bench.address.url}, "one folder": {"folder": str(place)}}.items():
             await fill(task)
             series[name] = []
-            for processes in _PROCESSES:
+            for processes in _PROCESSES[:2] if bench.method.quick else _PROCESSES:
                 async with AsyncExitStack() as stack:
                     sides = [await stack.enter_async_context(child({**task, "callers": 100})) for _ in range(processes)]
                     rates = [await _together(sides, bench.method) for _ in range(1 if bench.method.quick else _ROUNDS)]

@@ -22,8 +22,9 @@ from .measure import Side, reads, writes
 from .servers import folder, has_memory_folder
 from .values import result
 
-_KEYS = [f"key:{index}" for index in range(1000)]
-_VALUES = [result(index) for index in range(400)]
+_KEYS = 1000
+_QUICK_KEYS = 200
+_VALUES = [result(index) for index in range(200)]
 
 
 class Files:
@@ -141,32 +142,39 @@ async def run(bench: Bench) -> None:
 async def _measure(bench: Bench, place: Path, stack: AsyncExitStack, works: tuple[str, ...], note: str) -> None:
     if not any(bench.wants(f"files.{work}.") for work in works):
         return
-    ours = await _opened(place, "ours", _ours, stack)
+    keys = [f"key:{index}" for index in range(_QUICK_KEYS if bench.method.quick else _KEYS)]
+    ours = await _opened(_made(place, "ours"), _ours, stack, keys)
     for name, make in _PEERS.items():
         rows = [row for work in works if bench.wants(row := f"files.{work}.{name}")]
         if not rows:
             continue
         try:
-            theirs = await _opened(place, name, make, stack)
+            theirs = await _opened(_made(place, name), make, stack, keys)
         except MissingError as error:
             for row in rows:
                 bench.skip(row, str(error))
             continue
         for row in rows:
-            await bench.compare(row, _side(row, ours), _side(row, theirs), note=note)
+            await bench.compare(row, _side(row, ours, keys), _side(row, theirs, keys), note=note)
 
 
-async def _opened(place: Path, name: str, make: Callable[[Path, AsyncExitStack], Any], stack: AsyncExitStack) -> Files:
-    """Open it in a folder of its own, with every key in it."""
+def _made(place: Path, name: str) -> Path:
     (place / name).mkdir()
-    files: Files = await make(place / name, stack)
-    for index, key in enumerate(_KEYS):
+    return place / name
+
+
+async def _opened(
+    place: Path, make: Callable[[Path, AsyncExitStack], Any], stack: AsyncExitStack, keys: list[str]
+) -> Files:
+    """Open it in a folder of its own, with every key in it."""
+    files: Files = await make(place, stack)
+    for index, key in enumerate(keys):
         await files.put(key, result(index))
     return files
 
 
-def _side(row: str, files: Files) -> Side:
+def _side(row: str, files: Files, keys: list[str]) -> Side:
     work = row.split(".")[1]
     if work.startswith("get"):
-        return reads(files.get, _KEYS, int(work.removeprefix("get")))
+        return reads(files.get, keys, int(work.removeprefix("get")))
     return writes(files.put, files.get, [f"set:{index}" for index in range(len(_VALUES))], _VALUES, 100)

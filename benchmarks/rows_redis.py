@@ -24,13 +24,16 @@ _PEERS = {
 }
 _CALLERS = {"get1": 1, "get100": 100}
 _KEYS = 2000
+_QUICK_KEYS = 200
 _MANY = 10_000
 _CURVE = (1, 10, 100, 1000)
+_QUICK_CURVE = (1, 10, 100)
 _CURVE_ROUNDS = 9
 
 
-def keys_of(client: Client, number: int = _KEYS) -> list[str]:
+def _keys_of(bench: Bench, client: Client, number: int = 0) -> list[str]:
     """Return the keys of a client; each has its own, since each stores in its own form."""
+    number = number or (_QUICK_KEYS if bench.method.quick else _KEYS)
     return [f"{client.distribution}:{index}" for index in range(number)]
 
 
@@ -41,8 +44,8 @@ async def run(bench: Bench) -> None:
     async with Opened(bench.address) as opened:
         ours = opened.clients[Ours.name]
         for client in opened.clients.values():
-            many = _MANY if client is ours else _KEYS
-            await client.fill((key, result(index)) for index, key in enumerate(keys_of(client, many)))
+            keys = _keys_of(bench, client, _MANY if client is ours else 0)
+            await client.fill((key, result(index)) for index, key in enumerate(keys))
         await _gets(bench, opened)
         await _crowds(bench, ours)
         await _sets(bench, opened)
@@ -59,16 +62,16 @@ async def _gets(bench: Bench, opened: Opened) -> None:
             continue
         callers, name = _CALLERS[work], _PEERS[peer]
         other = opened.clients.get(name)
-        theirs = None if other is None else reads(other.get, keys_of(other), callers)
-        side = reads(ours.get, keys_of(ours), callers)
+        theirs = None if other is None else reads(other.get, _keys_of(bench, other), callers)
+        side = reads(ours.get, _keys_of(bench, ours), callers)
         await bench.compare(spec.id, side, theirs, missing=opened.missing.get(name, ""))
 
 
 async def _crowds(bench: Bench, ours: Client) -> None:
     """Our own rate with more callers than anybody has, beside that with 100."""
-    hundred = reads(ours.get, keys_of(ours), 100)
-    await bench.compare("redis.get1000", reads(ours.get, keys_of(ours), 1000), hundred)
-    crowd = reads(ours.get, keys_of(ours, _MANY), _MANY)
+    hundred = reads(ours.get, _keys_of(bench, ours), 100)
+    await bench.compare("redis.get1000", reads(ours.get, _keys_of(bench, ours, _KEYS), 1000), hundred)
+    crowd = reads(ours.get, _keys_of(bench, ours, _MANY), _MANY)
     await bench.compare("redis.get10000", crowd, hundred, number=15)
 
 
@@ -90,7 +93,7 @@ async def _sets(bench: Bench, opened: Opened) -> None:
 async def _get_many(bench: Bench, opened: Opened) -> None:
     ours = opened.clients[Ours.name]
     redis_py = opened.clients[_PEERS["redis-py"]]
-    our_keys, their_keys = keys_of(ours)[:100], keys_of(redis_py)[:100]
+    our_keys, their_keys = _keys_of(bench, ours)[:100], _keys_of(bench, redis_py)[:100]
 
     async def get_many(count: int) -> float:
         started = time.perf_counter()
@@ -118,8 +121,8 @@ async def _get_many(bench: Bench, opened: Opened) -> None:
 async def _throughput(bench: Bench, opened: Opened) -> None:
     """Reads per second by callers, every client in every round: the picture, not a claim."""
     curve: dict[str, list[dict[str, float]]] = {name: [] for name in opened.clients}
-    for callers in _CURVE:
-        sides = {name: reads(client.get, keys_of(client), callers) for name, client in opened.clients.items()}
+    for callers in _QUICK_CURVE if bench.method.quick else _CURVE:
+        sides = {name: reads(client.get, _keys_of(bench, client), callers) for name, client in opened.clients.items()}
         counts: dict[str, int] = {}
         rates: dict[str, list[float]] = {name: [] for name in sides}
         for turn in range(1 if bench.method.quick else _CURVE_ROUNDS):
