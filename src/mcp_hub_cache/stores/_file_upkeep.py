@@ -90,9 +90,6 @@ def clear(folder: Folder, prefix: bytes, shelves: Shelves) -> tuple[int, StoreEr
 
 
 def _clear_one(shelf: Shelf, seen: Seen, prefix: bytes, *, whole: bool, now: float) -> bool:
-    if whole and seen.kind == Kind.ENTRY and seen.until > now:  # as good as all: it need not be opened to be removed
-        shelf.drop_seen(seen)
-        return True
     data = _front(shelf.front, seen.name)
     if data is None:
         return False
