@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
 from ._async_cache import AsyncCache, Loader, Seconds
 from ._blake import blake2b
 from ._classes import NOTHING, ClassSet, as_class_set
-from ._engine import Engine
+from ._engine import Engine, tell_read
 from ._flight import Flight
 from ._keys import KeySpace
 from ._l1 import NOT_SHARED
@@ -155,7 +155,9 @@ class Cache(AsyncCache):
                     self._names.hits += 1
                     self._names.saved += near.cost
                     return value
-        hit = await self._engine.read(self._key(key), _classes(as_type))
+        engine = self._engine
+        hit, _ = await engine.look_up(engine.session(), self._key(key), _classes(as_type))
+        tell_read(hit, engine.observers)
         if hit is None:
             return default
         if hit.near is not None and self._has_shortcuts:
@@ -168,7 +170,9 @@ class Cache(AsyncCache):
         return {name: hits[key].value for key, name in names.items() if key in hits}
 
     async def get_entry(self, key: str, *, as_type: object = Any) -> Entry[Any] | None:
-        hit = await self._engine.read(self._key(key), _classes(as_type))
+        engine = self._engine
+        hit, _ = await engine.look_up(engine.session(), self._key(key), _classes(as_type))
+        tell_read(hit, engine.observers)
         if hit is None:
             return None
         from ._answers import Entry  # noqa: PLC0415  # see there

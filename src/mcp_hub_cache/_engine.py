@@ -29,7 +29,7 @@ from ._lifetime import PerLoop
 from ._lines import Lines
 from ._near import Near
 from ._placeholders import Placeholders
-from ._policy import Freshness, freshness
+from ._policy import is_fresh
 from ._protocols import Coherent, Monitored, Observer, Store
 
 T = TypeVar("T")
@@ -38,6 +38,7 @@ log = logging.getLogger("mcp_hub_cache")
 
 _MAX_WARNED: Final = 1000
 CHUNK: Final = 128  # of a call with many keys: each chunk has the deadline to itself
+_ENTRY: Final = int(Kind.ENTRY)  # an Enum's members are looked up slowly
 _SLICE: Final = 2000  # entries of L1 looked at before the loop may turn
 
 
@@ -110,6 +111,7 @@ class Engine:
         self._sessions: PerLoop[Session] = PerLoop(self._open, owner=f"this {store.name} cache", close=self._close)
         # The store's call, bound once: a line tells kinds of requests apart by their call.
         self._get = store.get_many
+        self._now = store.now
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> Session:
         lines: Lines | Direct
@@ -146,16 +148,10 @@ class Engine:
 
     # Reading
 
-    async def read(self, key: bytes, classes: ClassSet) -> Hit | None:
-        """Return the fresh entry under *key*, or None."""
-        hit, _ = await self.look_up(self.session(), key, classes)
-        tell_read(hit, self.observers)
-        return hit
-
     async def look_up(
         self, session: Session, key: bytes, classes: ClassSet, *, share: bool = False
     ) -> tuple[Hit | None, bool]:
-        """As ``read``, uncounted; and whether the store could be asked at all."""
+        """Return the fresh entry under *key*, or None; and whether the store could be asked at all. Tells nobody."""
         near: Near | None = None
         if self._slot is not None:
             if (hit := self._hit_near(session, key, classes, share=share)) is not None:
@@ -224,20 +220,23 @@ class Engine:
 
         *near*, made before the store was asked, is filled with it and put in L1.
         """
-        frame = self.fresh_frame(key, data)
+        frame = self.intact(key, data)
         if frame is None:
             return None
+        head, now = frame.head, self._now()
+        if not is_fresh(head, now):
+            return None
         try:
-            value = decode(frame.head.codec, frame.payload, classes)
+            value = decode(head.codec, frame.payload, classes)
         except DecodeError as error:
             self._damaged(key, "undecodable", error)
             return None
         if near is not None:
-            near.fill(frame, value, frame.head.fresh_until - self.store.now())
+            near.fill(frame, value, head.fresh_until - now)
             evicted = session.l1.put(near)
             if evicted:
                 self._tell_all(lambda observer: observer.eviction(evicted))
-        return Hit(value, frame.head, self.store.name if self.monitored is None else self.monitored.serving)
+        return Hit(value, head, self.store.name if self.monitored is None else self.monitored.serving)
 
     def intact(self, key: bytes, data: bytes | None) -> Frame | None:
         """The entry's frame, None for placeholders, nothing and damage."""
@@ -248,15 +247,12 @@ class Engine:
         except FrameError as error:
             self._damaged(key, error.reason, error)
             return None
-        return frame if frame.head.kind == Kind.ENTRY else None
+        return frame if frame.head.kind == _ENTRY else None
 
     def fresh_frame(self, key: bytes, data: bytes | None) -> Frame | None:
         """The same, if it is fresh."""
         frame = self.intact(key, data)
-        return frame if frame is not None and self._is_fresh(frame.head) else None
-
-    def _is_fresh(self, head: Head) -> bool:
-        return freshness(head, self.store.now()) is Freshness.FRESH
+        return frame if frame is not None and is_fresh(frame.head, self._now()) else None
 
     async def head(self, key: bytes) -> Head | None:
         """Return the head of the fresh, intact entry under *key*, or None. Nothing is decoded."""
@@ -274,7 +270,7 @@ class Engine:
             head = None if data is None else unpack_head(data)
         except FrameError:
             return None
-        return head if head is not None and head.kind == Kind.ENTRY and self._is_fresh(head) else None
+        return head if head is not None and head.kind == _ENTRY and is_fresh(head, self._now()) else None
 
     # Trouble
 
