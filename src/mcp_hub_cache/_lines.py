@@ -392,7 +392,7 @@ class Lines:
         """Split *keys* by lane and ask for each part; the parts with the futures of their lists of answers."""
         parts: dict[Lane, list[bytes]] = {}
         for key in keys:
-            parts.setdefault(self.lane(key), []).append(key)
+            parts.setdefault(self._home.get(key) or self._lanes[self._lane_of(key)], []).append(key)
         return [(part, lane.read_group(call, part)) for lane, part in parts.items()]
 
     async def settle(self) -> None:
