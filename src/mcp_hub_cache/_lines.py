@@ -376,11 +376,11 @@ class Lines:
 
     def read(self, call: Call, key: bytes, item: Any) -> asyncio.Future[Any]:
         """See ``Lane.read``."""
-        return self.lane(key).read(call, key, item)
+        return (self._home.get(key) or self._lanes[self._lane_of(key)]).read(call, key, item)
 
     def write(self, call: Call, key: bytes, item: Any, size: int = 0) -> asyncio.Future[Any]:
         """See ``Lane.write``."""
-        return self.lane(key).write(call, key, item, size)
+        return (self._home.get(key) or self._lanes[self._lane_of(key)]).write(call, key, item, size)
 
     def read_groups(self, call: Call, keys: Sequence[bytes]) -> list[tuple[Sequence[bytes], asyncio.Future[Any]]]:
         """Split *keys* by lane and ask for each part; the parts with the futures of their lists of answers."""
