@@ -47,7 +47,7 @@ class Lane:
     """The reads and writes of keys that may share a batch.
 
     Args:
-        loop: The running loop.
+        loop: The running one.
         deadline: Seconds from submission to the answer.
         max_items: In a batch; only a group may be larger.
         max_bytes: In a batch of writes; only a single write may be larger.
@@ -146,8 +146,7 @@ class Lane:
         batch.add(item, future)
         batch.keys.append(key)
         batch.size += size
-        if others:
-            batch.contested = True
+        batch.contested |= others > 0
         if idle:
             self._start(batch, self._writing)
         else:
@@ -168,6 +167,7 @@ class Lane:
     # What comes in one iteration of the loop
 
     def _gather(self) -> None:
+        """Let gather what comes in this iteration, behind what is ready to run in it by now."""
         self._gathering = True
         self._loop.call_soon(self._gathered)
 
@@ -222,12 +222,9 @@ class Lane:
         when_done(work, partial(self._ended, batch))
 
     def _ended(self, batch: Batch, work: asyncio.Future[Any]) -> None:
-        if work.cancelled():
-            self._end(batch, StoreUnreachableError("the store was closed while it was asked."), ())
-        elif (error := work.exception()) is not None:
-            self._end(batch, error, ())
-        else:
-            self._end(batch, None, work.result())
+        closed = StoreUnreachableError("the store was closed while it was asked.") if work.cancelled() else None
+        error = closed or work.exception()
+        self._end(batch, error, () if error is not None else work.result())
 
     def _end(self, batch: Batch, error: BaseException | None, answers: Sequence[Any]) -> None:
         for flying in (self._reading, self._writing, self._abandoned):
@@ -241,7 +238,7 @@ class Lane:
         if batch.keys:
             self._written(batch.keys)
         if len(batch.futures) > 1 and not self._gathering:
-            self._gather()  # its turn comes behind those who have just been answered, and may ask again
+            self._gather()  # those who have just been answered are ready to run, and may ask again
         self._go_on()
 
     # Writes, and reads that wait for them
@@ -283,13 +280,11 @@ class Lane:
 
     def settled(self) -> asyncio.Future[None]:
         """Return a future that is done when no write is queued or in flight, whether or not anybody waits for it."""
-        if self._settled is None:
-            self._settled = self._loop.create_future()
-            if not self._unwritten:
-                self._settled.set_result(None)
-        settled = self._settled
-        if settled.done():
-            self._settled = None
+        settled = self._settled or self._loop.create_future()
+        if self._unwritten:
+            self._settled = settled
+        else:
+            settled.set_result(None)
         return settled
 
     # Deadlines
@@ -340,15 +335,14 @@ class Lane:
         for queue in (self._reads, self._writes):
             while queue.batches:
                 queue.pop().fail(closed)
-        for held in self._held.values():
-            for read in held:
-                if not read.future.done():
-                    read.future.set_exception(closed)
+        for read in (read for held in self._held.values() for read in held):
+            if not read.future.done():
+                read.future.set_exception(closed)
         self._held.clear()
         for work in works:
             work.cancel()
         await asyncio.gather(*works, return_exceptions=True)
-        for batch in batches:  # what has ended just now, and has not been told yet
+        for batch in batches:  # what ended just now, and was not told
             batch.fail(closed)
 
 
@@ -379,17 +373,17 @@ class Lines:
 
     def read(self, call: Call, key: bytes, item: Any) -> asyncio.Future[Any]:
         """See ``Lane.read``."""
-        return self.lane(key).read(call, key, item)
+        return (self._home.get(key) or self._lanes[self._lane_of(key)]).read(call, key, item)
 
     def write(self, call: Call, key: bytes, item: Any, size: int = 0) -> asyncio.Future[Any]:
         """See ``Lane.write``."""
-        return self.lane(key).write(call, key, item, size)
+        return (self._home.get(key) or self._lanes[self._lane_of(key)]).write(call, key, item, size)
 
     def read_groups(self, call: Call, keys: Sequence[bytes]) -> list[tuple[Sequence[bytes], asyncio.Future[Any]]]:
         """Split *keys* by lane and ask for each part; the parts with the futures of their lists of answers."""
         parts: dict[Lane, list[bytes]] = {}
         for key in keys:
-            parts.setdefault(self.lane(key), []).append(key)
+            parts.setdefault(self._home.get(key) or self._lanes[self._lane_of(key)], []).append(key)
         return [(part, lane.read_group(call, part)) for lane, part in parts.items()]
 
     async def settle(self) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar, cast
 
 import hiredis
@@ -32,6 +32,7 @@ from .._exceptions import StoreError
 from ._redis_address import Address
 from ._redis_driver import open_connection
 from ._redis_errors import lost, not_redis, store_error, timed_out, unreachable
+from ._redis_outlet import Outlet
 
 __all__ = ["Clock", "Doubt", "ReplyError", "Wire", "Wires", "pack"]
 
@@ -85,7 +86,7 @@ class _Request:
     def __init__(
         self,
         future: Answer[Any],
-        data: bytes,
+        data: bytes | Sequence[bytes],
         count: int,
         convert: Callable[[list[Any]], Any],
         sent: float,
@@ -108,6 +109,8 @@ class _Link(asyncio.BufferedProtocol):
         # Kept because a StreamWriter closes its transport when it is finalised.
         self._writer = writer
         self.transport: asyncio.WriteTransport = writer.transport
+        self._outlet = Outlet(loop, self.transport)
+        self.write = self._outlet.write
         self.closed: asyncio.Future[None] = loop.create_future()
         self.pending: deque[_Request] = deque()
         self.heard = False
@@ -155,6 +158,12 @@ class _Link(asyncio.BufferedProtocol):
             else:
                 future.set_result(converted)
 
+    def pause_writing(self) -> None:
+        self._outlet.pause()
+
+    def resume_writing(self) -> None:
+        self._outlet.resume()
+
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # the base class's signature
         if not self.closed.done():
             self.closed.set_result(None)
@@ -190,11 +199,13 @@ class Wire:
         self._ending: set[asyncio.Future[Any]] = set()  # given up, but not over yet
         self._closed = False
 
-    def send(self, data: bytes, count: int, convert: Callable[[list[Any]], T], *, again: bool = False) -> Answer[T]:
+    def send(
+        self, data: bytes | Sequence[bytes], count: int, convert: Callable[[list[Any]], T], *, again: bool = False
+    ) -> Answer[T]:
         """Send commands and return the future of their answer.
 
         Args:
-            data: The commands, packed.
+            data: The commands, packed, whole or in parts.
             count: How many replies they get; at least 1.
             convert: Makes the answer of the replies, error replies among them as ``ReplyError`` objects. Called at most
                 once, while bytes are being taken in: must be quick. May raise ``StoreError`` or ``Doubt``.
@@ -214,7 +225,7 @@ class Wire:
         if link is not None:
             if len(pending) == 1:
                 link.heard = False
-            link.transport.write(data)
+            link.write(data)
         elif self._opening is None:
             self._open()
         if self._timer is None:
@@ -259,7 +270,8 @@ class Wire:
         question = self._question(waiting[0].sent if waiting else self._loop.time())
         link.pending = self._pending = deque([question, *waiting])
         self._link = link
-        link.transport.write(b"".join([request.data for request in self._pending]))
+        for request in self._pending:
+            link.write(request.data)
 
     def _question(self, sent: float) -> _Request:
         self._ask_at = self._loop.time() + _ASK_EVERY
@@ -327,7 +339,7 @@ class Wire:
         if now >= self._ask_at and self._link is not None:
             self._link.heard = self._link.heard and bool(self._pending)
             self._pending.append(self._question(now))
-            self._link.transport.write(_TIME)
+            self._link.write(_TIME)
         if not self._pending:
             return
         oldest = self._pending[0]

@@ -32,13 +32,12 @@ from .._tokens import new_token
 from . import next_store_id
 from ._redis_address import make_address
 from ._redis_errors import store_error
+from ._redis_outlet import BIG, in_parts
 from ._redis_scripts import BEGIN, DELETE, PATCH, RELEASE, RENEW, WRITE
 from ._redis_wire import Clock, Doubt, ReplyError, Wires, pack
 
 T = TypeVar("T")
 
-BIG: Final = 64 * 1024
-"""Bytes from which on a value is read over a wire of its own, so that small reads don't wait for it."""
 _BIG_KEYS: Final = 1024  # how many such keys are remembered
 _PAGE: Final = b"500"
 _MAX_MS: Final = 10**15  # 31,000 years; the server refuses what would overflow its clock
@@ -203,18 +202,24 @@ class RedisStore:
     def write_many(self, writes: Sequence[Write], /) -> asyncio.Future[list[Outcome]]:
         """See ``Store.write_many``."""
         commands: list[bytes] = []
+        asked: list[bool] = []
         again = True
         for key, frame, keep, fence in writes:
             if len(frame) > BIG or key in self._big:
                 self._size_up(key, frame)
             ms = _ms(keep)
-            if fence is None:
-                commands.append(pack((b"SET", key, frame, b"PX", ms) if ms else (b"SET", key, frame)))
-            elif fence.store == self.id:
+            asked.append(fence is None or fence.store == self.id)
+            command: tuple[bytes, ...] = (b"SET", key, frame, b"PX", ms) if ms else (b"SET", key, frame)
+            if fence is not None:
+                if fence.store != self.id:
+                    continue
                 again = False  # a second try would be refused by the first one's effect
-                commands.append(pack((b"EVAL", WRITE, b"1", key, fence.token, frame, ms)))
-        asked = [fence is None or fence.store == self.id for _, _, _, fence in writes]
-        return self._change(commands, partial(self._outcomes, asked), again=again)
+                command = (b"EVAL", WRITE, b"1", key, fence.token, frame, ms)
+            if len(frame) <= BIG:
+                commands.append(pack(command))
+            else:
+                commands += in_parts(command)
+        return self._change(commands, partial(self._outcomes, asked), count=sum(asked), again=again)
 
     def patch_many(self, patches: Sequence[Patch], /) -> asyncio.Future[list[Outcome]]:
         """See ``Store.patch_many``."""
@@ -268,11 +273,17 @@ class RedisStore:
         return [outcome == "done" for outcome in outcomes]
 
     def _change(
-        self, commands: list[bytes], convert: Callable[[list[Any]], T], *, again: bool = False
+        self,
+        commands: list[bytes],
+        convert: Callable[[list[Any]], T],
+        *,
+        count: int | None = None,
+        again: bool = False,
     ) -> asyncio.Future[T]:
         if not commands:
             return _done(convert([]))
-        return self._wires.get().writes.send(b"".join(commands), len(commands), convert, again=again)
+        data = commands if max(map(len, commands)) > BIG else b"".join(commands)
+        return self._wires.get().writes.send(data, len(commands) if count is None else count, convert, again=again)
 
     # All keys
 
