@@ -54,7 +54,7 @@ _ROOM: Final = 0.05  # seconds that a write waits for the eviction it caused
 _LARGE: Final = 1 << 26  # bytes of bound from which on room is made ahead
 _AHEAD: Final = 32  # the part of such a bound that is kept free for writes while room is made
 _POLLS: Final = (0.005, 1.5, 0.05)  # of a stamp somebody waits for: first pause, growth, longest pause
-_PAGE: Final = 500  # entries of a scan handed out between two turns of the loop
+_PAGE: Final = 100  # entries of a scan handed out between two turns of the loop
 _MAX_SLOTS: Final = 65_536
 
 
