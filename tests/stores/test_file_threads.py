@@ -70,11 +70,11 @@ async def test_a_job_that_takes_its_time_gets_others_a_thread_which_ends_when_id
         async with asyncio.timeout(10):
             assert await threads.submit(len, "abc") == 3
             assert len(alive("t-slow")) == 3
-            fourth = [threads.submit(go_on.wait), threads.submit(len, "ab")]  # no more than there may be
+            third, queued = threads.submit(go_on.wait), threads.submit(len, "ab")  # no more than there may be
             await asyncio.sleep(0.05)
-            assert not fourth[1].done()
+            assert not queued.done()
             go_on.set()
-            await asyncio.gather(*slow, *fourth)
+            await asyncio.gather(*slow, third, queued)
             while len(alive("t-slow")) > 1:
                 await asyncio.sleep(0.01)
             assert await threads.submit(len, "abcd") == 4
