@@ -17,7 +17,8 @@ from .._exceptions import StoreError, StoreFullError
 from .._frame import HEAD_SIZE, TOKEN, Kind, patch_head, peek, placeholder
 from .._protocols import Begun, Fence, Held, Outcome, Patch, Write
 from .._tokens import new_token
-from ._file_folder import Folder, Place
+from ._file_folder import Folder
+from ._file_places import Place
 from ._file_reads import Reads
 from ._file_shelf import LOCK_SECONDS, Shelf, charge_of, store_error
 

@@ -20,7 +20,8 @@ from typing import Final, NamedTuple, TypeVar
 
 from .._exceptions import StoreError, StoreTimeoutError
 from .._frame import HEAD_SIZE, FrameError, Kind, is_live, key_of, unpack_head
-from ._file_folder import Folder, Place
+from ._file_folder import Folder
+from ._file_places import Place
 from ._file_shelf import LOCK_SECONDS, Seen, Shelf, is_live_entry, look, store_error
 
 T = TypeVar("T")
@@ -90,9 +91,6 @@ def clear(folder: Folder, prefix: bytes, shelves: Shelves) -> tuple[int, StoreEr
 
 
 def _clear_one(shelf: Shelf, seen: Seen, prefix: bytes, *, whole: bool, now: float) -> bool:
-    if whole and seen.kind == Kind.ENTRY and seen.until > now:  # as good as all: it need not be opened to be removed
-        shelf.drop_seen(seen)
-        return True
     data = _front(shelf.front, seen.name)
     if data is None:
         return False
