@@ -29,7 +29,7 @@ from mcp_hub_cache._exceptions import (
     StoreTimeoutError,
 )
 from mcp_hub_cache._frame import HEAD_SIZE, Kind, pack, unpack, unpack_head
-from mcp_hub_cache._protocols import Coherent, Leases, Write
+from mcp_hub_cache._protocols import Coherent, Fence, Leases, Write
 from mcp_hub_cache.stores.file import FileStore
 from mcp_hub_cache.testing import FakeClock, StoreConformance, entry_frame
 
@@ -591,6 +591,80 @@ async def test_a_wrong_count_is_put_right_instead_of_evicting(tmp_path: Path) ->
         await room_made(store)
         assert None not in await store.get_many([key(n) for n in range(10)])
         assert store._folder.usage() == 11 * 4096
+
+
+# Reading and writing many
+
+
+@pytest.mark.parametrize("size", [0, 1, 64 * 1024 - 200, 64 * 1024, 300_000])
+async def test_frames_of_any_size_are_read_whole(tmp_path: Path, size: int) -> None:
+    async with opened(tmp_path) as store:
+        await store.write_many([write(store, "a", bytes(size))])
+        (got,) = await store.get_many([key("a")])
+        assert got is not None
+        assert bytes(unpack(got, key("a")).payload) == bytes(size)
+        os.truncate(file_of(store, "a"), HEAD_SIZE + 5)
+        (cut,) = await store.get_many([key("a")])
+        assert cut == got[: HEAD_SIZE + 5]  # the engine's to see, and to count
+
+
+async def test_use_is_noted_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[object] = []
+    utime = os.utime
+
+    def count(file: int, *, ns: tuple[int, int]) -> None:
+        noted.append(file)
+        utime(file, ns=ns)
+
+    async with opened(tmp_path) as store:
+        await store.write_many([write(store, n) for n in range(3)])
+        before = file_of(store, 1).stat()
+        monkeypatch.setattr(os, "utime", count)
+        store._batches._reads._since = math.inf  # that second never ends
+        for _ in range(5):
+            await store.get_many([key(n) for n in range(3)])
+        assert len(noted) == 3
+        after = file_of(store, 1).stat()
+        assert after.st_atime_ns > before.st_atime_ns
+        assert after.st_mtime_ns == before.st_mtime_ns
+        store._batches._reads._since = 0.0
+        await store.get_many([key(1)])
+        assert len(noted) == 4
+
+
+async def test_writes_to_a_slow_disk_go_in_parts_and_keep_their_order(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        store._batches.pace = 1.0
+        names = [str(n % 50) for n in range(130)]
+        frames = [write(store, name, b"%d" % n) for n, name in enumerate(names)]
+        outcomes = await store.write_many([*frames, write(store, "odd")._replace(fence=Fence(store.id, bytes(8)))])
+        assert outcomes == ["done"] * 130 + ["refused"]
+        last = {name: b"%d" % n for n, name in enumerate(names)}
+        for name, frame in zip(last, await store.get_many([key(name) for name in last]), strict=True):
+            assert frame is not None
+            assert bytes(unpack(frame, key(name)).payload) == last[name]
+        assert store._folder.usage() == 50 * 4096
+
+
+async def test_a_listing_leaves_the_loop_its_turns(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        names = in_one_shelf(store, 250)
+        await store.write_many([write(store, name) for name in names])
+        pages = [page async for page in store.scan(b"")]
+        assert max(len(page) for page in pages) <= 100
+        assert sorted(found for page in pages for found, _ in page) == sorted(map(key, names))
+
+
+async def test_room_is_made_ahead_of_a_large_bound(tmp_path: Path) -> None:
+    bound = 1 << 26
+    async with opened(tmp_path, max_bytes=bound) as store:
+        await store.write_many([write(store, n) for n in range(20)])
+        table = store._folder.open_table("tests")
+        assert table is not None
+        table.set_usage(255, bound - bound // 64)  # not over the bound, but near: counted again, and put right
+        await store.write_many([write(store, "more")])
+        await room_made(store)
+        assert store._folder.usage() == 21 * 4096
 
 
 # Trouble

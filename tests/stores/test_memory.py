@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 
 from mcp_hub_cache._changes import Changes
@@ -68,3 +69,60 @@ async def test_expired_entries_make_room_without_being_read() -> None:
     for n in range(100):
         await store.write_many([_write(store, b"new%d" % n, 10)])
     assert (await store.info())["expired_keys"] == 0
+
+
+async def _filled(count: int) -> MemoryStore:
+    store = MemoryStore()
+    for n in range(count):
+        await store.write_many([_write(store, b"k%d" % n, 10)])
+    return store
+
+
+async def _turns(work: Awaitable[object]) -> tuple[object, int]:
+    """What *work* comes to, and how many turns of the loop others had meanwhile."""
+    task = asyncio.ensure_future(work)
+    turns = 0
+    while not task.done():
+        await asyncio.sleep(0)
+        turns += 1
+    return task.result(), turns
+
+
+async def test_what_goes_over_all_entries_leaves_the_loop_its_turns() -> None:
+    store = await _filled(1000)
+    facts, turns = await _turns(store.info())
+    assert isinstance(facts, dict)
+    assert facts["total_keys"] == 1000
+    assert turns >= 9
+    count, turns = await _turns(store.clear(b"k"))
+    assert count == 1000
+    assert turns >= 9
+    assert await store.info() == {"total_keys": 0, "expired_keys": 0, "total_bytes": 0}
+
+
+async def test_a_clear_takes_what_was_there_whatever_is_written_meanwhile() -> None:
+    store = await _filled(1000)
+    clearing = asyncio.ensure_future(store.clear(b"k"))
+    written = 0
+    while not clearing.done():
+        await store.write_many([_write(store, b"new%d" % written, 10), _write(store, b"other%d" % written, 10)])
+        written += 1
+        await asyncio.sleep(0)
+    assert await clearing == 1000
+    assert await store.get_many([b"k%d" % n for n in range(1000)]) == [None] * 1000
+    assert (await store.info())["total_keys"] == 2 * written
+
+
+async def test_a_listing_has_what_is_there_throughout() -> None:
+    store = await _filled(1000)
+    found: list[bytes] = []
+    turn = 0
+    async for page in store.scan(b"k"):
+        assert len(page) <= 100
+        found += [key for key, _ in page]
+        await store.delete_many([b"k%d" % n for n in range(turn * 10, turn * 10 + 5)])
+        await store.write_many([_write(store, b"k%d" % n, 20) for n in range(500, 600)])  # replaced, and moved
+        await store.write_many([_write(store, b"later%d.%d" % (turn, n), 10) for n in range(100)])
+        turn += 1
+    assert {b"k%d" % n for n in range(500, 1000)} <= set(found)
+    assert len(found) == len(set(found))

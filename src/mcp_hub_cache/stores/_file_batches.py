@@ -17,7 +17,8 @@ from .._exceptions import StoreError, StoreFullError
 from .._frame import HEAD_SIZE, TOKEN, Kind, patch_head, peek, placeholder
 from .._protocols import Begun, Fence, Held, Outcome, Patch, Write
 from .._tokens import new_token
-from ._file_folder import Folder, Place
+from ._file_folder import Folder
+from ._file_places import Place
 from ._file_reads import Reads
 from ._file_shelf import LOCK_SECONDS, Shelf, charge_of, store_error
 
@@ -31,6 +32,9 @@ class Batches:
         folder: The tree.
         store: ``Store.id`` of the store whose fences count here.
         max_bytes: The largest file that may be written; None: any.
+
+    Attributes:
+        pace: Seconds that each write of the last call took.
     """
 
     def __init__(self, folder: Folder, store: int, max_bytes: int | None) -> None:
@@ -38,6 +42,7 @@ class Batches:
         self._reads = Reads(folder.clock)
         self._store = store
         self._max_bytes = max_bytes
+        self.pace = 0.0
 
     def get(self, keys: Sequence[bytes], size: int | None = None) -> list[bytes | None]:
         """Frames, or their first *size* bytes."""
@@ -105,7 +110,9 @@ class Batches:
             self._put(shelf, place, write.frame)
             return "done"
 
+        began = time.monotonic()
         outcomes = self._each([write.key for write in writes], put, make=True)
+        self.pace = (time.monotonic() - began) / max(1, len(writes))
         self._notice()
         return [*outcomes]
 

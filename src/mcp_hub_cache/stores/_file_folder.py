@@ -33,12 +33,12 @@ import stat
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from typing import Final, NamedTuple
+from typing import Final
 
-from .._blake import blake2b
 from .._exceptions import StoreMisconfiguredError, StorePermissionError, StoreTimeoutError
 from . import _file_counters
 from ._file_counters import SHELVES, Table
+from ._file_places import OTHER, TAG, Place, Places
 from ._file_shelf import (
     BLOCK,
     FILE_NAME,
@@ -52,29 +52,16 @@ from ._file_shelf import (
     write_new,
 )
 
-OTHER: Final = "_other"
-TAG: Final = "CACHEDIR.TAG"
-
 _NAMESPACE: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
-_RESERVED: Final = frozenset({".", "..", TAG.lower()})
 _SHELF_NAMES: Final = {f"{number:02x}": number for number in range(SHELVES)}
 _TAG_TEXT: Final = (
     b"Signature: 8a477f597d28d172789f06886806bc55\n# The cache of mcp_hub_cache: may be deleted at any time.\n"
 )
-_MAX_KNOWN: Final = 1024
 _MAX_TABLES: Final = 64  # open at once, at two file handles each; a namespace whose table is closed has no stamps
 _LISTING: Final = 0.05  # seconds that a listing waits for a lock, before it does without
 
 
-class Place(NamedTuple):
-    """Where a key's file stands."""
-
-    space: str
-    shelf: int
-    name: str
-
-
-class Folder:
+class Folder(Places):
     """The tree under one directory. Thread-safe; nothing of it is bound to an event loop.
 
     Args:
@@ -84,37 +71,16 @@ class Folder:
     """
 
     def __init__(self, directory: str, prefix: bytes, clock: Callable[[], float]) -> None:
+        super().__init__(prefix)
         self.directory = directory
         self.root = os.path.join(directory, "mcp_hub_cache")
         self.clock = clock
-        self.prefix = prefix
-        self._spaced = re.compile(re.escape(prefix) + rb"([A-Za-z0-9_.-]{1,64}):")
-        self._known: dict[bytes, str] = {}  # namespace folders by the front of a key
         self._tables: dict[str, Table] = {}
         self._listed = 0
         self._closed: dict[str, int] = {}  # usage of namespaces whose tables are not open, as of the last refresh
         self._checked = False
 
     # Where things are
-
-    def place(self, key: bytes) -> Place:
-        """Where the file of *key* stands."""
-        name = blake2b(key, digest_size=16).hexdigest()
-        return Place(self.space(key), int(name[:2], 16), name)
-
-    def space(self, key: bytes) -> str:
-        """The folder of the namespace that *key* names."""
-        front = key[: key.find(b":", len(self.prefix)) + 1]
-        space = self._known.get(front)
-        if space is None:
-            named = self._spaced.match(front)
-            space = OTHER if named is None else named[1].decode("ascii")
-            if space.lower() in _RESERVED:
-                space = OTHER
-            if len(self._known) >= _MAX_KNOWN:
-                self._known.clear()
-            self._known[front] = space
-        return space
 
     def spaces(self, prefix: bytes = b"") -> list[str]:
         """The namespace folders there are that may hold keys that start with *prefix*."""
@@ -131,10 +97,6 @@ class Folder:
             only = self.space(prefix)
             return [space for space in there if space == only]
         return sorted(space for space in there if space == OTHER or (not foreign and space.startswith(part)))
-
-    def covers(self, prefix: bytes, space: str) -> bool:
-        """Whether every key in the folder of *space* starts with *prefix*."""
-        return space != OTHER and (self.prefix + space.encode() + b":").startswith(prefix)
 
     def shelves(self, prefix: bytes = b"") -> list[tuple[str, int]]:
         """The shelves there are of those namespaces, as (namespace, number)."""

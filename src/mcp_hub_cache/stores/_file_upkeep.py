@@ -20,7 +20,8 @@ from typing import Final, NamedTuple, TypeVar
 
 from .._exceptions import StoreError, StoreTimeoutError
 from .._frame import HEAD_SIZE, FrameError, Kind, is_live, key_of, unpack_head
-from ._file_folder import Folder, Place
+from ._file_folder import Folder
+from ._file_places import Place
 from ._file_shelf import LOCK_SECONDS, Seen, Shelf, is_live_entry, look, store_error
 
 T = TypeVar("T")

@@ -4,7 +4,7 @@ Strategy: one dict from key to (frame, dead line), guarded by nothing, since no 
 acting: what concerns a key is atomic on its event loop. Those methods return a finished future, so that callers pay no
 task. Expired entries go when they are met and by a sweep over a few keys with every write; the oldest go for room.
 
-What goes over all entries (scan, clear, info) lets the loop have a turn after every few hundred. For that the keys also
+What goes over all entries (scan, clear, info) lets the loop have a turn after every hundred. For that the keys also
 stand in buckets by their hash, each of which is copied when its turn comes: a copy of all keys alone would hold up the
 loop (30 ms for a million), and a walk along a dict can't go on once the dict has changed.
 
@@ -30,7 +30,7 @@ from . import next_store_id
 T = TypeVar("T")
 
 _SWEEP: Final = 2  # expired entries looked for per write: more than one, so that the dead go faster than the new come
-_PAGE: Final = 500
+_PAGE: Final = 100  # entries looked at between two turns of the loop: a millisecond, or two on a busy machine
 _BUCKETS: Final = 256
 
 
@@ -193,7 +193,7 @@ class MemoryStore:
         return _done([frame and frame[:HEAD_SIZE] for frame in map(self._drop, keys)])
 
     async def scan(self, prefix: bytes, /) -> AsyncGenerator[list[tuple[bytes, bytes]], None]:
-        """See ``Store.scan``. Pages of up to 500, with a turn of the loop between them."""
+        """See ``Store.scan``. Pages of up to 100, with a turn of the loop between them."""
         for keys in self._pages():
             now = self._clock()
             held = ((key, self._entries.get(key)) for key in keys if key.startswith(prefix))
@@ -203,7 +203,7 @@ class MemoryStore:
             await asyncio.sleep(0)
 
     def _pages(self) -> Iterator[list[bytes]]:
-        """All keys that are there throughout, up to 500 at a time; the loop may have its turn between them."""
+        """All keys that are there throughout, up to 100 at a time; the loop may have its turn between them."""
         page: list[bytes] = []
         for number in range(_BUCKETS):
             page += self._buckets.get(number, ())
@@ -213,7 +213,7 @@ class MemoryStore:
         yield page
 
     async def clear(self, prefix: bytes, /) -> int:
-        """See ``Store.clear``. What is written while it goes on may stay; up to 500 entries go at once."""
+        """See ``Store.clear``. What is written while it goes on may stay; up to 100 entries go at once."""
         total = 0
         for keys in self._pages():
             for key in keys:
