@@ -9,12 +9,12 @@ million keys take some 15 minutes in all.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from mcp_hub_cache import Cache, FileCache, MemoryCache, RedisCache
 from . import growth_upkeep
 from .bench import Bench
 from .children import child, fill
-from .measure import Method, Side, count_for, reads, spread
+from .measure import Method, Side, count_for, pairs, reads, spread
 from .servers import folder, room_for_files
 from .values import WrongValueError, blob, result, sized, small
 
-_ROUNDS = 7
+_ROUNDS = 9
+_FEW = 1000
 _FILL_SECONDS = 240
 _ON_DISK = 100_000  # keys on a real disk: what grows there is the disk's business
 _CALLERS = (1, 10, 100, 1000, 10_000)
@@ -68,10 +69,14 @@ def _curve(bench: Bench, name: str, title: str, axes: tuple[str, str], series: d
         print(f"  {name}: {line}: slope {found['slope']:+.2f}", flush=True)
 
 
-async def _cost(side: Side, method: Method) -> float:
-    """Median microseconds per operation."""
-    count = await count_for(side, method)
-    return spread([await side.run(count) / count for _ in range(1 if method.quick else _ROUNDS)])[1] * 1e6
+async def _costs(sides: list[Side], method: Method) -> list[float]:
+    """Median microseconds per operation of each; every side in every round, so that all see the same weather."""
+    counts = [await count_for(side, method) for side in sides]
+    costs: list[list[float]] = [[] for _ in sides]
+    for _ in range(1 if method.quick else _ROUNDS):
+        for side, count, found in zip(sides, counts, costs, strict=True):
+            found.append(await side.run(count) / count * 1e6)
+    return [spread(found)[1] for found in costs]
 
 
 # Keys
@@ -81,28 +86,45 @@ async def _keys(bench: Bench, keys: int) -> None:
     series: dict[str, Points] = {}
     upkeep: dict[str, str] = {}
 
-    async def measure(name: str, cache: Cache, limit: int, callers: int, place: Path | None = None) -> None:
-        async with cache:
-            series[name], filled = await _filled(bench, cache, limit, callers)
+    async def measure(
+        name: str, make: Callable[[int], Cache], limit: int, callers: int, place: Path | None = None
+    ) -> None:
+        async with make(0) as cache, make(1) as few:
+            series[name], filled = await _filled(bench, cache, few, limit, callers)
             if bench.wants_curve("upkeep"):
                 upkeep.update(await growth_upkeep.upkeep(cache, name, filled, place))
 
-    await measure("Redis", RedisCache(bench.address.url, l1_max_entries=0, timeout=30), keys, 100)
-    near = MemoryCache(l1_max_entries=2 * keys, l1_max_bytes=1 << 34, timeout=30, max_bytes=None)
+    def redis(database: int) -> Cache:
+        return RedisCache(bench.address.database(database), l1_max_entries=0, timeout=30)
+
+    def near(_: int) -> Cache:
+        return MemoryCache(l1_max_entries=2 * keys, l1_max_bytes=1 << 34, timeout=30, max_bytes=None)
+
+    await measure("Redis", redis, keys, 100)
     await measure("memory, all in L1", near, keys, 1)
     for name, in_memory, limit in (("files, tmpfs", True, keys), ("files, disk", False, min(keys, _ON_DISK))):
         with folder(in_memory=in_memory) as place:
-            files = FileCache(place, l1_max_entries=0, timeout=30, max_bytes=None)
-            await measure(name, files, min(limit, room_for_files(place)), 100, place)
+
+            def files(number: int, place: Path = place) -> Cache:
+                return FileCache(place / str(number), l1_max_entries=0, timeout=30, max_bytes=None)
+
+            await measure(name, files, min(limit, room_for_files(place)), 100, place / "0")
     _curve(bench, "keys", "Time of a get, by keys in the store", ("keys", "µs per get"), series)
     if upkeep:
+        upkeep["nothing at all, for a second"] = await growth_upkeep.nothing()
         title = "Work on all entries, and the longest time that the event loop was held up by it (target: 10 ms)"
         bench.curves["upkeep"] = {"title": title, "figures": upkeep}
 
 
-async def _filled(bench: Bench, cache: Cache, keys: int, callers: int) -> tuple[Points, int]:
-    """Fill *cache* step by step, measuring at each; return the points, and how many keys it has then."""
-    points: Points = []
+async def _filled(bench: Bench, cache: Cache, few: Cache, keys: int, callers: int) -> tuple[Points, int]:
+    """Fill *cache* step by step, measuring at each; return the points, and how many keys it has then.
+
+    Each step is measured in pairs with *few*, which stays at 1,000 keys: the steps are minutes apart.
+    """
+    await few.set_many({f"growth:{number}": small(number) for number in range(_FEW)}, ttl="1d")
+    base = reads(few.get, [f"growth:{number}" for number in range(_FEW)], callers, make=small)
+    ratios: list[tuple[int, float]] = []
+    bases: list[float] = []
     until = time.monotonic() + _FILL_SECONDS
     done = 0
     for size in _decades(keys):
@@ -114,14 +136,17 @@ async def _filled(bench: Bench, cache: Cache, keys: int, callers: int) -> tuple[
         names = [f"growth:{number}" for number in chosen]
         await cache.get_many(names)
         side = reads(cache.get, names, callers, numbers=chosen, make=small)
-        points.append((done, await _cost(side, bench.method)))
+        paired = await pairs(side, base, bench.method)
+        ratios.append((done, spread(paired.times)[1]))
+        bases += paired.theirs
         if done < size:
             break
-    return points, done
+    base_cost = spread(bases)[1] * 1e6
+    return [(size, ratio * base_cost) for size, ratio in ratios], done
 
 
 def _decades(keys: int) -> Iterator[int]:
-    size = 1000
+    size = _FEW
     while size < keys:
         yield size
         size *= 10
@@ -139,7 +164,8 @@ async def _callers(bench: Bench) -> None:
             keys = [f"callers:{index}" for index in range(most[-1])]
             for first in range(0, len(keys), 100):
                 await cache.set_many({keys[index]: result(index) for index in range(first, first + 100)}, ttl="1h")
-            series[name] = [(callers, await _cost(reads(cache.get, keys, callers), bench.method)) for callers in most]
+            costs = await _costs([reads(cache.get, keys, callers) for callers in most], bench.method)
+            series[name] = list(zip(most, costs, strict=True))
     _curve(bench, "callers", "Time per get, by concurrent callers", ("concurrent callers", "µs per get"), series)
 
 
@@ -156,17 +182,16 @@ async def _both(bench: Bench, stack: AsyncExitStack) -> dict[str, Cache]:
 
 async def _sizes(bench: Bench) -> None:
     series: dict[str, Points] = {}
+    sizes = _SIZES[:4] if bench.method.quick else _SIZES
     async with AsyncExitStack() as stack:
         for name, cache in (await _both(bench, stack)).items():
-            for kind, make in (("JSON", sized), ("bytes", blob)):
-                points: Points = []
-                for size in _SIZES[:4] if bench.method.quick else _SIZES:
-                    value = make(size, 3)  # type: ignore[operator]  # either takes a size and a number
-                    await cache.set("sized", value, ttl="1h")
-                    points.append(
-                        (size, await _cost(_sequence(lambda cache=cache: cache.get("sized"), value), bench.method))
-                    )
-                series[f"{name}, {kind}"] = points
+            for kind, make in {"JSON": sized, "bytes": blob}.items():
+                sides = []
+                for size in sizes:
+                    value = make(size, 3)
+                    await cache.set(f"sized:{kind}:{size}", value, ttl="1h")
+                    sides.append(_sequence(partial(cache.get, f"sized:{kind}:{size}"), value))
+                series[f"{name}, {kind}"] = list(zip(sizes, await _costs(sides, bench.method), strict=True))
     _curve(bench, "sizes", "Time of a get, by size of the value, one caller", ("bytes", "µs per get"), series)
 
 
@@ -191,21 +216,23 @@ def _sequence(get: Callable[[], Awaitable[Any]], expected: Any) -> Side:
 
 async def _processes(bench: Bench) -> None:
     series: dict[str, Points] = {}
+    numbers = _PROCESSES[:2] if bench.method.quick else _PROCESSES
     with folder(in_memory=True) as place:
-        for name, task in {"one server": {"url": bench.address.url}, "one folder": {"folder": str(place)}}.items():
+        tasks: dict[str, dict[str, Any]] = {
+            "one server": {"url": bench.address.url},
+            "one folder": {"folder": str(place)},
+        }
+        for name, task in tasks.items():
             await fill(task)
-            series[name] = []
-            for processes in _PROCESSES[:2] if bench.method.quick else _PROCESSES:
-                async with AsyncExitStack() as stack:
-                    sides = [await stack.enter_async_context(child({**task, "callers": 100})) for _ in range(processes)]
-                    rates = [await _together(sides, bench.method) for _ in range(1 if bench.method.quick else _ROUNDS)]
-                series[name].append((processes, spread(rates)[1]))
+            async with AsyncExitStack() as stack:
+                task["callers"] = 100
+                sides = [await stack.enter_async_context(child(task)) for _ in range(numbers[-1])]
+                count = 4 * await count_for(sides[0], bench.method)
+                rates: dict[int, list[float]] = {number: [] for number in numbers}
+                for _ in range(1 if bench.method.quick else _ROUNDS):
+                    for number in numbers:
+                        times = await asyncio.gather(*(side.run(count) for side in sides[:number]))
+                        rates[number].append(sum(count / took for took in times))
+            series[name] = [(number, spread(found)[1]) for number, found in rates.items()]
     axes = ("processes", "reads per second, together")
     _curve(bench, "processes", "Reads per second of several processes, 100 callers each", axes, series)
-
-
-async def _together(sides: list[Side], method: Method) -> float:
-    """The children's rates at the same time, added up."""
-    count = 200 if method.quick else max(await asyncio.gather(*(count_for(side, method) for side in sides))) * 4
-    times = await asyncio.gather(*(side.run(count) for side in sides))
-    return sum(itertools.starmap(lambda times: count / times, zip(times, strict=True)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import time
 import tracemalloc
@@ -26,11 +27,7 @@ async def upkeep(cache: Cache, name: str, keys: int, place: Path | None) -> dict
     found: dict[str, str] = {}
 
     async def watched(work: str, call: Callable[[], Awaitable[Any]]) -> Any:
-        async with heartbeat() as stall:
-            started = time.perf_counter()
-            answer = await call()
-            took = time.perf_counter() - started
-        said = f"{took:.2f} s; held up {stall.wall * 1e3:.1f} ms, computing {stall.computed * 1e3:.1f} ms of it"
+        answer, said = await _watched(call)
         found[f"{work}, {name}, {keys:,} entries"] = said
         print(f"  upkeep: {work}, {name}: {said}", flush=True)
         return answer
@@ -49,6 +46,19 @@ async def upkeep(cache: Cache, name: str, keys: int, place: Path | None) -> dict
     if cleared != keys:
         raise WrongValueError(f"clear() removed {cleared} of {keys} entries")
     return found
+
+
+async def nothing() -> str:
+    """How late the machine itself makes a loop that has nothing to do."""
+    return (await _watched(lambda: asyncio.sleep(1)))[1]
+
+
+async def _watched(call: Callable[[], Awaitable[Any]]) -> tuple[Any, str]:
+    async with heartbeat() as stall:
+        started = time.perf_counter()
+        answer = await call()
+        took = time.perf_counter() - started
+    return answer, f"{took:.2f} s; held up {stall.wall * 1e3:.1f} ms, computing {stall.computed * 1e3:.1f} ms at a time"
 
 
 async def memory(bench: Bench) -> None:

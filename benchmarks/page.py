@@ -40,8 +40,8 @@ _METHOD = """\
 - **Checked.** A wrong value ends the run. Each read on the clock is looked at (a text whole, JSON for the number of its
   key, since comparing all of it would flatter the slower side), each caller's first and last value are compared whole,
   and what was written is read back.
-- **Like with like.** Values go through orjson wherever a client lets one choose; every client keeps the deadline on
-  operations that it has by default. The garbage collector is on, and run between pairs.
+- **Like with like.** Values go through orjson wherever a client lets one choose; every client keeps a deadline on
+  operations where it has one by default. The garbage collector is on, and run between pairs.
 - **Near cache off**, unless the row is about it.
 - Quartiles that straddle a target mean: not decided on this machine.
 
@@ -96,6 +96,10 @@ def _machine(results: dict[str, Any]) -> str:
     )
 
 
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{float(f'{value:.3g}'):,.0f}"
+
+
 def _growth(growth: dict[str, Any]) -> str:
     """The curves' pictures and slopes, and the figures that stand alone."""
     lines = [
@@ -111,9 +115,8 @@ def _growth(growth: dict[str, Any]) -> str:
             lines += ["| | from | to | slope |", "|---|---|---|---|"]
             for line, found in curve["series"].items():
                 (first, low), (last, high) = found["points"][0], found["points"][-1]
-                lines.append(
-                    f"| {line} | {low:,.4g} at {first:,g} | {high:,.4g} at {last:,g} | {found['slope']:+.2f} |"
-                )
+                span = f"{_number(low)} at {_number(first)} | {_number(high)} at {_number(last)}"
+                lines.append(f"| {line} | {span} | {found['slope']:+.2f} |")
             lines.append("")
         else:
             lines += [f"### {curve['title']}", "", "| | |", "|---|---|"]

@@ -28,7 +28,11 @@ class Address:
     @property
     def url(self) -> str:
         """The address as a URL of database 0."""
-        return f"redis://{self.host}:{self.port}/0"
+        return self.database(0)
+
+    def database(self, number: int) -> str:
+        """The URL of another database."""
+        return f"redis://{self.host}:{self.port}/{number}"
 
 
 @contextmanager
