@@ -112,6 +112,7 @@ class RedisCache(Cache):
             tls_insecure=tls_insecure,
             timeout=_SHARE * seconds(options.get("timeout", 0.5), "timeout"),
             max_connections=max_connections,
+            prefix=options.get("prefix", "mcp_hub:"),
         )
         super().__init__(_guarded(store, fallback, options.get("prefix", "mcp_hub:")), **options)
 
@@ -173,6 +174,7 @@ def _store(settings: Settings) -> Store:
         tls_insecure=settings.redis_tls_insecure,
         timeout=_SHARE * settings.cache_timeout,
         max_connections=settings.redis_max_connections,
+        prefix=settings.cache_key_prefix,
     )
     return _guarded(store, _fallback(settings), settings.cache_key_prefix)
 
