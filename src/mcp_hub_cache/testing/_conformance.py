@@ -396,6 +396,7 @@ class StoreConformance:
                 lambda: one.write_many([_write(one, key)]),
                 lambda: two.clear(self.prefix),
             ):
+                assert await self.wait_coherent(one, key)
                 before = one.stamp(key)
                 assert before is not None
                 waiter = asyncio.ensure_future(one.changed(key, before))
