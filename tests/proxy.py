@@ -23,12 +23,14 @@ class Proxy:
     Attributes:
         url: Where clients come to.
         edit: What replies go through.
+        accepted: How many connections there ever were.
     """
 
     def __init__(self, port: int) -> None:
         self._port = port
         self._tasks: set[asyncio.Task[None]] = set()
         self.url = ""
+        self.accepted = 0
         self.connections: list[Connection] = []
         self.edit: Callable[[bytes], bytes] = lambda data: data
 
@@ -55,6 +57,7 @@ class Proxy:
         self._tasks.add(task)
         connection = Connection()
         self.connections.append(connection)
+        self.accepted += 1
         try:
             behind, server = await asyncio.open_connection("127.0.0.1", self._port)
             try:

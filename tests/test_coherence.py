@@ -346,6 +346,7 @@ async def test_a_server_without_a_feed_is_read_every_time(valkey: Server) -> Non
         for _ in range(20):
             entry = await cache.get_entry("k")
             assert entry is not None and entry.tier == "redis"
+        assert (await cache.status()).facts["l1_feed"] == "off: max_connections is 1"
 
 
 # Two at once

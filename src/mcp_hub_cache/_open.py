@@ -82,7 +82,7 @@ class RedisCache(Cache):
         password: The same.
         ca_certs: A file of CA certificates to trust, for TLS.
         tls_insecure: Do not verify the server's certificate. Anybody between you and it can then read and forge.
-        max_connections: At most so many connections; 1 or more.
+        max_connections: At most so many connections; 1 or more. With 1 there is no near cache.
         fallback: A store that serves while the server is away, such as ``FileStore("cache")``.
         **options: See ``Cache``.
 

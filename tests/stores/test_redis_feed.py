@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
 import os
 import re
 import time
@@ -285,7 +286,8 @@ async def test_a_lost_connection_voids_at_once_and_comes_back(
         assert slot is not None
         server.command("CLIENT", "KILL", "TYPE", "pubsub")
         server.command("SET", K, "while nobody listened")
-        await poll(lambda slot=slot: slot.stamp() is None)
+        await gone(store)
+        assert slot.changes.until == -math.inf  # not merely late
         assert await live(store) != before
         assert slot.stamp() is None
         assert (await store.info())["l1_feed"] == "on"
@@ -325,6 +327,21 @@ async def test_a_cable_that_was_pulled(server: Server) -> None:
         assert steady() - begun < TRUST + LATER
         between.release()
         assert await live(store) != before
+
+
+async def test_trust_counts_from_when_the_ping_was_sent(server: Server) -> None:
+    """For the answer may say how things were when it left."""
+    async with proxy(server.port) as between, opened(between.url) as store:
+        await live(store)
+        slot = store.slot(K)
+        assert slot is not None
+        (connection,) = between.hold(b"SUBSCRIBE")
+        await asyncio.wait_for(connection.held.wait(), 10)
+        until, sent = slot.changes.until, steady()
+        await poll(lambda: steady() > sent + 0.5)
+        between.release()
+        await poll(lambda: slot.changes.until > until)
+        assert slot.changes.until <= sent + TRUST
 
 
 async def test_a_stopped_server(caplog: pytest.LogCaptureFixture) -> None:
@@ -403,20 +420,18 @@ async def test_without_permission_there_is_no_feed_and_nothing_else_is_hurt(
 
 async def test_a_refusing_server_is_left_alone(server: Server) -> None:
     server.command("ACL", "SETUSER", "guest", "reset", "on", ">pw", "~*", "&*", "+@all", "-client|tracking")
-    async with proxy(server.port) as between:
-        async with opened(between.url, username="guest", password="pw") as store:
-            await store.get_many([K])
-            store.stamp(K)
-            feed = store._wires.get().feed
-            assert feed is not None
-            await poll(lambda: str(feed.state()).startswith("off: Redis"))
-            tries = len(between.of(b"TRACKING"))
-            until = time.monotonic() + 0.3
-            while time.monotonic() < until:
-                assert store.stamp(K) is None
-                await asyncio.sleep(0.001)
-            assert len(between.of(b"TRACKING")) <= tries <= 1
-            assert len(between.connections) <= 2
+    async with proxy(server.port) as between, opened(between.url, username="guest", password="pw") as store:
+        await store.get_many([K])
+        store.stamp(K)
+        feed = store._wires.get().feed
+        assert feed is not None
+        await poll(lambda: str(feed.state()).startswith("off: Redis"))
+        tries = between.accepted
+        until = time.monotonic() + 0.3
+        while time.monotonic() < until:
+            assert store.stamp(K) is None
+            await asyncio.sleep(0.001)
+        assert between.accepted == tries == 2  # a wire, and one try
     server.command("ACL", "DELUSER", "guest")
 
 
