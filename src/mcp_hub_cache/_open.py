@@ -84,7 +84,7 @@ class RedisCache(Cache):
         password: The same.
         ca_certs: A file of CA certificates to trust, for TLS.
         tls_insecure: Do not verify the server's certificate. Anybody between you and it can then read and forge.
-        max_connections: At most so many connections; 1 or more.
+        max_connections: At most so many connections; 1 or more. With 1 there is no near cache.
         fallback: A store that serves while the server is away, such as ``FileStore("cache")``.
         **options: See ``Cache``.
 
@@ -114,6 +114,7 @@ class RedisCache(Cache):
             tls_insecure=tls_insecure,
             timeout=_SHARE * seconds(options.get("timeout", 0.5), "timeout"),
             max_connections=max_connections,
+            prefix=options.get("prefix", "mcp_hub:"),
         )
         super().__init__(_guarded(store, fallback, options.get("prefix", "mcp_hub:")), **options)
 
@@ -175,6 +176,7 @@ def _store(settings: Settings) -> Store:
         tls_insecure=settings.redis_tls_insecure,
         timeout=_SHARE * settings.cache_timeout,
         max_connections=settings.redis_max_connections,
+        prefix=settings.cache_key_prefix,
     )
     return _guarded(store, _fallback(settings), settings.cache_key_prefix)
 

@@ -14,11 +14,12 @@ import pytest
 from mcp_hub_cache._exceptions import StoreAuthError, StoreError
 from mcp_hub_cache._frame import Kind, unpack, unpack_head
 from mcp_hub_cache._lines import Lines
-from mcp_hub_cache._protocols import Store, Write
+from mcp_hub_cache._protocols import Coherent, Store, Write
 from mcp_hub_cache.stores.failover import FailoverStore
 from mcp_hub_cache.stores.file import FileStore
 from mcp_hub_cache.stores.redis import RedisStore
 from mcp_hub_cache.testing import StoreConformance, entry_frame
+from tests.backends import poll
 from tests.servers import Server, valkey_server
 
 A, B, C = b"mcp_hub:t:e:a", b"mcp_hub:t:e:b", b"mcp_hub:t:e:c"
@@ -66,6 +67,10 @@ class TestConformance(StoreConformance):
     async def open_pair(self) -> AsyncIterator[tuple[Store, Store]]:
         with valkey_server(tcp=False) as server, tempfile.TemporaryDirectory() as folder:
             yield _store(server, Path(folder), timeout=5.0), _store(server, Path(folder), timeout=5.0)
+
+    async def wait_coherent(self, store: Coherent, key: bytes) -> bool:
+        await poll(lambda: store.stamp(key) is not None)
+        return True
 
 
 async def test_away_at_the_start_and_back_by_itself(server: Server, store: FailoverStore, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from mcp_hub_cache._frame import HEAD_SIZE, Kind, pack
 from mcp_hub_cache._protocols import Coherent, Fence, Leases, Outcome, Store, Write
 from mcp_hub_cache.stores.redis import BIG, RedisStore
 from mcp_hub_cache.testing import StoreConformance, entry_frame
+from tests.backends import poll
 from tests.servers import Server, certificates, fake_server, free_port, redis_server, valkey_server
 
 SECRET = "hunter2:@/?#%"
@@ -63,6 +64,10 @@ class _OnServer(StoreConformance):
         await one.aclose()
         await two.aclose()
 
+    async def wait_coherent(self, store: Coherent, key: bytes) -> bool:
+        await poll(lambda: store.stamp(key) is not None)
+        return True
+
 
 class TestOnValkey(_OnServer):
     @pytest.fixture(autouse=True, scope="class")
@@ -90,6 +95,9 @@ class TestOnFakeRedis(_OnServer):
             cls.url = url
             yield
 
+    async def wait_coherent(self, store: Coherent, key: bytes) -> bool:
+        pytest.skip("fakeredis has no CLIENT TRACKING")
+
     async def test_big(self) -> None:
         pytest.skip("fakeredis fails at replies that do not fit in the socket's buffer")
 
@@ -97,7 +105,7 @@ class TestOnFakeRedis(_OnServer):
 async def test_the_protocols(store: RedisStore) -> None:
     assert isinstance(store, Store)
     assert isinstance(store, Leases)
-    assert not isinstance(store, Coherent)
+    assert isinstance(store, Coherent)
 
 
 # Keys of other programs
@@ -201,7 +209,7 @@ def store_url(store: RedisStore) -> str:
     return f"redis://{store._address.where}/{store._address.db}"
 
 
-@pytest.mark.parametrize(("limit", "used"), [(1, 1), (2, 2), (3, 3), (50, 4)])
+@pytest.mark.parametrize(("limit", "used"), [(1, 1), (2, 2), (3, 3), (5, 5), (50, 5)])
 async def test_max_connections(limit: int, used: int) -> None:
     with valkey_server() as server:
         store = RedisStore(server.url, max_connections=limit, timeout=5.0)
@@ -209,6 +217,8 @@ async def test_max_connections(limit: int, used: int) -> None:
         await store.write_many([Write(b"big", b"x" * (BIG + 1), None, None), write(store, b"k")])
         await asyncio.gather(store.get_many([b"k"]), store.get_many([b"big"]), store.info(), store.delete_many([b"k"]))
         assert before == 1
+        if limit > 1:
+            await poll(lambda: store.stamp(b"mcp_hub:k") is not None)
         assert f"connected_clients:{used + 1}\r\n".encode() in server.command("INFO", "clients")
         await store.aclose()
 

@@ -22,6 +22,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, TypeVar, cast
 
 import hiredis
@@ -34,7 +35,7 @@ from ._redis_driver import open_connection
 from ._redis_errors import lost, not_redis, store_error, timed_out, unreachable
 from ._redis_outlet import Outlet
 
-__all__ = ["Clock", "Doubt", "ReplyError", "Wire", "Wires", "pack"]
+__all__ = ["NOTHING", "Clock", "Doubt", "ReplyError", "Wire", "Wires", "pack", "parser"]
 
 T = TypeVar("T")
 
@@ -42,18 +43,25 @@ T = TypeVar("T")
 pack = cast("Callable[[tuple[bytes, ...]], bytes]", hiredis.pack_command)
 """Make a command's bytes of its parts."""
 
+NOTHING: Final = object()
+"""What a parser's ``gets`` answers where no whole reply is left."""
+
 _LATE: Final = 0.05  # seconds by which a timer may be late before the process counts as busy
 _GRACE: Final = 0.1  # seconds granted then
 _ASK_EVERY: Final = 60.0  # seconds of use between questions for the time
 _BUFFER: Final = 256 * 1024
-_NOTHING: Final = object()
-_BOOT: Final = hasattr(time, "CLOCK_BOOTTIME")
 _TIME: Final = pack((b"TIME",))
 
 
-def steady() -> float:
-    """Seconds on a clock that nobody sets, and that goes on while the machine sleeps, where there is one."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) if _BOOT else time.monotonic()
+steady: Final[Callable[[], float]] = (
+    partial(time.clock_gettime, time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
+)
+"""Seconds on a clock that nobody sets, and that goes on while the machine sleeps, where there is one."""
+
+
+def parser() -> hiredis.Reader:
+    """Return a new parser of what a server says."""
+    return hiredis.Reader(notEnoughData=NOTHING)
 
 
 class Doubt(Exception):  # noqa: N818  # not an error to be shown: it becomes one
@@ -118,7 +126,7 @@ class _Link(asyncio.BufferedProtocol):
         # A view, since asyncio's TLS reads into slices of what it gets: of a bytearray, they would be copies.
         self._view = memoryview(self._buffer)
         self._replies: list[Any] = []
-        reader = hiredis.Reader(notEnoughData=_NOTHING)
+        reader = parser()
         self._feed = cast("Callable[[bytearray, int, int], None]", reader.feed)  # it takes any buffer
         self._gets = reader.gets
 
@@ -135,7 +143,7 @@ class _Link(asyncio.BufferedProtocol):
 
     def _take(self) -> None:
         gets, pending, replies = self._gets, self.pending, self._replies
-        while (reply := gets()) is not _NOTHING:
+        while (reply := gets()) is not NOTHING:
             if not pending:
                 raise Doubt
             request = pending[0]

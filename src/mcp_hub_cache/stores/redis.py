@@ -11,6 +11,7 @@ Rules:
 - Scripts are sent whole, with EVAL. EVALSHA would save 6 to 9 % of a fenced write, and cost a second round trip,
   out of order with what was sent since, whenever the server has forgotten them (restart, promotion, SCRIPT FLUSH).
 - Nothing outside of the prefix that was asked for is ever touched: SCAN and UNLINK, never FLUSHDB.
+- Every change is told to the feed (``_redis_feed``) as it is sent, and again when it is answered.
 - A key of another type (a list, a hash) reads as nothing, begins as a frame without bytes, and is replaced by the
   write that follows.
 """
@@ -24,6 +25,7 @@ from functools import partial
 from os import PathLike
 from typing import Any, Final, TypeVar
 
+from .._changes import SLOTS, Slot
 from .._exceptions import StoreError
 from .._frame import MAGIC, TOKEN, Kind, placeholder
 from .._lifetime import PerLoop
@@ -31,16 +33,17 @@ from .._protocols import Begun, Fence, Held, Outcome, Patch, Write
 from .._tokens import new_token
 from . import next_store_id
 from ._redis_address import make_address
+from ._redis_commands import escape, facts_of, get_ranges, px
 from ._redis_errors import store_error
+from ._redis_feed import Connections
 from ._redis_outlet import BIG, in_parts
 from ._redis_scripts import BEGIN, DELETE, PATCH, RELEASE, RENEW, WRITE
-from ._redis_wire import Clock, Doubt, ReplyError, Wires, pack
+from ._redis_wire import Clock, Doubt, ReplyError, pack
 
 T = TypeVar("T")
 
 _BIG_KEYS: Final = 1024  # how many such keys are remembered
 _PAGE: Final = b"500"
-_MAX_MS: Final = 10**15  # 31,000 years; the server refuses what would overflow its clock
 
 _OUTCOMES: Final[dict[bytes | int, Outcome]] = {b"OK": "done", 1: "done", 0: "refused"}
 
@@ -63,7 +66,8 @@ class RedisStore:
         client_key: PEM file of its key, if it stands apart.
         tls_insecure: Give up verifying whom one talks to: anybody on the way can read and change everything.
         timeout: Seconds for a call, connecting included; more than 0.
-        max_connections: At least 1; up to 4 are used.
+        max_connections: At least 1; up to 5 are used. With 1 there is no feed, and so no near cache.
+        prefix: Of the keys that the feed watches, for near caches; other keys have no stamps.
 
     Attributes:
         lane: See ``Store.lane``: "bulk" for keys lately seen with a big value.
@@ -92,6 +96,7 @@ class RedisStore:
         tls_insecure: bool = False,
         timeout: float = 0.5,
         max_connections: int = 50,
+        prefix: bytes | str = b"mcp_hub:",
     ) -> None:
         if not (timeout > 0 and math.isfinite(timeout)):
             raise ValueError(f"timeout must be a number of seconds, more than 0, not {timeout!r}")
@@ -117,10 +122,11 @@ class RedisStore:
         # Asked for every read: two frames less each, where it is the table's own look-up.
         self.lane: Callable[[bytes], Hashable] = self._big.get
         self.now: Callable[[], float] = clock.now
-        self._wires: PerLoop[Wires] = PerLoop(
-            lambda loop: Wires(loop, address, timeout, clock, max_connections),
+        self._prefix = watched = prefix.encode() if isinstance(prefix, str) else prefix
+        self._wires: PerLoop[Connections] = PerLoop(
+            lambda loop: Connections(loop, address, timeout, clock, max_connections, prefix=watched),
             owner=f"the Redis store at {address.where}",
-            close=Wires.aclose,
+            close=Connections.aclose,
             at_loop_end=False,
         )
 
@@ -161,7 +167,7 @@ class RedisStore:
         """See ``Store.head_many``."""
         if not keys:
             return _done([])
-        return self._wires.get().reads.send(_get_ranges(keys, b"63"), len(keys), self._heads, again=True)
+        return self._wires.get().reads.send(get_ranges(keys, b"63"), len(keys), self._heads, again=True)
 
     def _heads(self, replies: list[Any]) -> list[bytes | None]:
         return [self._head(reply) or None for reply in replies]
@@ -176,7 +182,7 @@ class RedisStore:
 
     def begin_many(self, keys: Sequence[bytes], /, *, hold: float) -> asyncio.Future[list[Begun]]:
         """See ``Store.begin_many``."""
-        now, ms = self.now(), _ms(hold)
+        now, ms = self.now(), px(hold)
         planted: list[tuple[bytes, bytes]] = []
         commands: list[bytes] = []
         for key in keys:
@@ -184,7 +190,7 @@ class RedisStore:
             frame = placeholder(key, token, now, hold)
             planted.append((token, frame))
             commands.append(pack((b"EVAL", BEGIN, b"1", key, frame, ms)))
-        return self._change(commands, partial(self._begun, keys, planted), again=True)
+        return self._change(keys, commands, partial(self._begun, keys, planted), again=True)
 
     def _begun(self, keys: Sequence[bytes], planted: list[tuple[bytes, bytes]], replies: list[Any]) -> list[Begun]:
         begun: list[Begun] = []
@@ -207,7 +213,7 @@ class RedisStore:
         for key, frame, keep, fence in writes:
             if len(frame) > BIG or key in self._big:
                 self._size_up(key, frame)
-            ms = _ms(keep)
+            ms = px(keep)
             asked.append(fence is None or fence.store == self.id)
             command: tuple[bytes, ...] = (b"SET", key, frame, b"PX", ms) if ms else (b"SET", key, frame)
             if fence is not None:
@@ -219,17 +225,18 @@ class RedisStore:
                 commands.append(pack(command))
             else:
                 commands += in_parts(command)
-        return self._change(commands, partial(self._outcomes, asked), count=sum(asked), again=again)
+        keys = [write.key for write in writes]
+        return self._change(keys, commands, partial(self._outcomes, asked), count=sum(asked), again=again, writes=True)
 
     def patch_many(self, patches: Sequence[Patch], /) -> asyncio.Future[list[Outcome]]:
         """See ``Store.patch_many``."""
         asked = [patch.fence.store == self.id for patch in patches]
         commands = [
-            pack((b"EVAL", PATCH, b"1", key, fence.token, head, _ms(keep)))
+            pack((b"EVAL", PATCH, b"1", key, fence.token, head, px(keep)))
             for key, fence, head, keep in patches
             if fence.store == self.id
         ]
-        return self._change(commands, partial(self._outcomes, asked))
+        return self._change([patch.key for patch in patches], commands, partial(self._outcomes, asked), writes=True)
 
     def _outcomes(self, asked: list[bool], replies: list[Any]) -> list[Outcome]:
         """The outcomes of replies to what was *asked*; refused, the rest, as another store's fences."""
@@ -249,18 +256,20 @@ class RedisStore:
         """See ``Store.delete_many``."""
         for key in keys if self._big else ():
             self._big.pop(key, None)
-        return self._change([pack((b"EVAL", DELETE, b"1", key)) for key in keys], self._heads, again=True)
+        commands = [pack((b"EVAL", DELETE, b"1", key)) for key in keys]
+        return self._change(keys, commands, self._heads, again=True)
 
     def renew_many(self, held: Sequence[Held], /, *, hold: float) -> asyncio.Future[list[bool]]:
         """See ``Leases.renew_many``."""
-        asked, ms = [one.fence.store == self.id for one in held], _ms(hold)
+        asked, ms = [one.fence.store == self.id for one in held], px(hold)
         commands = [pack((b"EVAL", RENEW, b"1", key, fence.token, ms)) for key, fence in held if fence.store == self.id]
-        return self._change(commands, lambda replies: self._raised(self._outcomes(asked, replies)))
+        keys = [one.key for one in held]
+        return self._change(keys, commands, lambda replies: self._raised(self._outcomes(asked, replies)))
 
     def release_many(self, held: Sequence[Held], /) -> asyncio.Future[None]:
         """See ``Leases.release_many``."""
         commands = [pack((b"EVAL", RELEASE, b"1", key, fence.token)) for key, fence in held if fence.store == self.id]
-        return self._change(commands, self._released, again=True)
+        return self._change([one.key for one in held], commands, self._released, again=True)
 
     def _released(self, replies: list[Any]) -> None:
         self._raised(self._outcomes([True] * len(replies), replies))
@@ -274,16 +283,22 @@ class RedisStore:
 
     def _change(
         self,
+        keys: Sequence[bytes],
         commands: list[bytes],
         convert: Callable[[list[Any]], T],
         *,
         count: int | None = None,
         again: bool = False,
+        writes: bool = False,
     ) -> asyncio.Future[T]:
         if not commands:
             return _done(convert([]))
+        wires = self._wires.get()
         data = commands if max(map(len, commands)) > BIG else b"".join(commands)
-        return self._wires.get().writes.send(data, len(commands) if count is None else count, convert, again=again)
+        answer = wires.writes.send(data, len(commands) if count is None else count, convert, again=again)
+        if wires.feed is not None:
+            wires.feed.own(keys, answer, writes=writes)
+        return answer
 
     # All keys
 
@@ -295,7 +310,7 @@ class RedisStore:
                 yield page
 
     async def _pages(self, prefix: bytes) -> AsyncGenerator[list[bytes], None]:
-        pattern = _escape(prefix) + b"*"
+        pattern = escape(prefix) + b"*"
         cursor = b"0"
         while True:
             command = pack((b"SCAN", cursor, b"MATCH", pattern, b"COUNT", _PAGE))
@@ -313,8 +328,12 @@ class RedisStore:
         """See ``Store.clear``. Page by page, with the deadline for each; other work goes on between them."""
         entries = 0
         async for keys in self._pages(prefix):
-            commands = _get_ranges(keys, b"5") + pack((b"UNLINK", *keys))
-            entries += await self._wires.get().admin.send(commands, len(keys) + 1, self._cleared, again=True)
+            commands = get_ranges(keys, b"5") + pack((b"UNLINK", *keys))
+            wires = self._wires.get()
+            answer = wires.admin.send(commands, len(keys) + 1, self._cleared, again=True)
+            if wires.feed is not None:
+                wires.feed.own(keys, answer)
+            entries += await answer
         for key in [key for key in self._big if key.startswith(prefix)]:
             del self._big[key]
         return entries
@@ -334,12 +353,42 @@ class RedisStore:
         self._plain(replies[0], bytes)
 
     async def info(self) -> Mapping[str, str | int | float]:
-        """See ``Store.info``: what the server tells of its version, clients and memory; nothing where it refuses."""
-        return await self._wires.get().admin.send(pack((b"INFO",)), 1, _facts, again=True)
+        """See ``Store.info``: what the server tells of its version, clients and memory, and how the feed is."""
+        wires = self._wires.get()
+        facts = await wires.admin.send(pack((b"INFO",)), 1, facts_of, again=True)
+        feed = "off: max_connections is 1" if wires.feed is None else wires.feed.state()
+        return facts if feed is None else {**facts, "l1_feed": feed}
 
     def aclose(self) -> Awaitable[None]:
         """Close the connections of the running loop. What waits for an answer fails; a later call connects again."""
         return self._wires.aclose()
+
+    # Coherent
+
+    def slot(self, key: bytes, /) -> Slot | None:
+        """See ``Coherent.slot``. None for keys that are not under the prefix, and while the feed is not there."""
+        connections = self._wires.peek()
+        if connections is None or connections.feed is None or not key.startswith(self._prefix):
+            return None
+        changes = connections.feed.changes()
+        return None if changes is None else Slot(changes, hash(key) % SLOTS)
+
+    def stamp(self, key: bytes, /) -> int | None:
+        """See ``Coherent.stamp``."""
+        slot = self.slot(key)
+        return None if slot is None else slot.stamp()
+
+    async def changed(self, key: bytes, stamp: int, /) -> None:
+        """See ``Coherent.changed``. Wakes also where the feed is lost."""
+        slot, connections = self.slot(key), self._wires.peek()
+        if slot is not None and slot.stamp() == stamp and connections is not None and connections.feed is not None:
+            await connections.feed.changed(slot.at)
+
+    def distrust(self) -> None:
+        """See ``Coherent.distrust``."""
+        connections = self._wires.peek()
+        if connections is not None and connections.feed is not None:
+            connections.feed.distrust()
 
     # Replies
 
@@ -358,46 +407,3 @@ def _done(value: T) -> asyncio.Future[T]:
     future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
     future.set_result(value)
     return future
-
-
-def _ms(keep: float | None) -> bytes:
-    """Milliseconds for PX, rounded up; empty: for ever."""
-    if keep is None or keep == math.inf:
-        return b""
-    return b"%d" % max(1, min(_MAX_MS, math.ceil(keep * 1000)))
-
-
-def _get_ranges(keys: Sequence[bytes], last: bytes) -> bytes:
-    return b"".join([pack((b"GETRANGE", key, b"0", last)) for key in keys])
-
-
-def _escape(prefix: bytes) -> bytes:
-    """Make *prefix* stand for itself in a glob."""
-    for special in (b"\\", b"*", b"?", b"[", b"]"):
-        prefix = prefix.replace(special, b"\\" + special)
-    return prefix
-
-
-_INFO: Final[dict[bytes, tuple[str, Callable[[str], str | int]]]] = {
-    b"redis_version": ("redis_version", str),
-    b"valkey_version": ("valkey_version", str),
-    b"server_name": ("server_name", str),
-    b"redis_mode": ("redis_mode", str),
-    b"server_mode": ("redis_mode", str),  # Valkey's word for it
-    b"connected_clients": ("connected_clients", int),
-    b"used_memory_human": ("memory_used_human", str),
-    b"maxmemory_policy": ("maxmemory_policy", str),
-}
-
-
-def _facts(replies: list[Any]) -> dict[str, str | int | float]:
-    facts: dict[str, str | int | float] = {}
-    for line in replies[0].splitlines() if isinstance(replies[0], bytes) else ():
-        name, _, value = line.partition(b":")
-        if name in _INFO:
-            shown, kind = _INFO[name]
-            try:
-                facts[shown] = kind(value.decode("utf-8", "replace"))
-            except ValueError:
-                continue
-    return facts

@@ -74,6 +74,10 @@ class StoreConformance:
         while store.now() <= until:  # noqa: ASYNC110  # the store's clock has no event to wait for
             await asyncio.sleep(0.005)
 
+    async def wait_coherent(self, store: Coherent, key: bytes) -> bool:
+        """Return whether *store* has stamps for *key*. For a store that comes to have them later: wait until it has."""
+        return store.stamp(key) is not None
+
     @asynccontextmanager
     async def _pair(self) -> AsyncIterator[tuple[Store, Store]]:
         async with self.open_pair() as (one, two):
@@ -384,7 +388,7 @@ class StoreConformance:
             for store in (one, two):  # whatever a store needs before it can tell
                 await store.write_many([_write(store, key)])
                 await store.get_many([key])
-            if one.stamp(key) is None:  # it has the methods, and what stands behind it can't tell
+            if not await self.wait_coherent(one, key):  # it has the methods, and what stands behind it can't tell
                 return
             for change in (
                 lambda: two.write_many([_write(two, key)]),
@@ -392,6 +396,7 @@ class StoreConformance:
                 lambda: one.write_many([_write(one, key)]),
                 lambda: two.clear(self.prefix),
             ):
+                assert await self.wait_coherent(one, key)
                 before = one.stamp(key)
                 assert before is not None
                 waiter = asyncio.ensure_future(one.changed(key, before))

@@ -1,0 +1,56 @@
+"""Pieces of commands, and what INFO says: bytes in, bytes out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from ._redis_wire import pack
+
+_MAX_MS: Final = 10**15  # 31,000 years; the server refuses what would overflow its clock
+
+
+def px(keep: float | None) -> bytes:
+    """Milliseconds for PX, rounded up; empty: for ever."""
+    if keep is None or keep == math.inf:
+        return b""
+    return b"%d" % max(1, min(_MAX_MS, math.ceil(keep * 1000)))
+
+
+def get_ranges(keys: Sequence[bytes], last: bytes) -> bytes:
+    """One GETRANGE for each of *keys*, from the first byte to the one numbered *last*."""
+    return b"".join([pack((b"GETRANGE", key, b"0", last)) for key in keys])
+
+
+def escape(prefix: bytes) -> bytes:
+    """Make *prefix* stand for itself in a glob."""
+    for special in (b"\\", b"*", b"?", b"[", b"]"):
+        prefix = prefix.replace(special, b"\\" + special)
+    return prefix
+
+
+_INFO: Final[dict[bytes, tuple[str, Callable[[str], str | int]]]] = {
+    b"redis_version": ("redis_version", str),
+    b"valkey_version": ("valkey_version", str),
+    b"server_name": ("server_name", str),
+    b"redis_mode": ("redis_mode", str),
+    b"server_mode": ("redis_mode", str),  # Valkey's word for it
+    b"connected_clients": ("connected_clients", int),
+    b"used_memory_human": ("memory_used_human", str),
+    b"maxmemory_policy": ("maxmemory_policy", str),
+}
+
+
+def facts_of(replies: list[Any]) -> dict[str, str | int | float]:
+    """What INFO tells; nothing where it was refused."""
+    facts: dict[str, str | int | float] = {}
+    for line in replies[0].splitlines() if isinstance(replies[0], bytes) else ():
+        name, _, value = line.partition(b":")
+        if name in _INFO:
+            shown, kind = _INFO[name]
+            try:
+                facts[shown] = kind(value.decode("utf-8", "replace"))
+            except ValueError:
+                continue
+    return facts
