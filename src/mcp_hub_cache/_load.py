@@ -15,9 +15,10 @@ Rules:
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Hashable
 from functools import partial
+from time import monotonic
+from types import CoroutineType
 from typing import Any, NamedTuple
 
 from ._async_cache import Loader
@@ -155,11 +156,10 @@ class Loads:
                 session.placeholders.end(held, stored=outcome == "done")
 
     async def _call(self, loader: Loader[Any], plan: Plan) -> tuple[Any, float]:
-        clock = asyncio.get_running_loop().time
-        started, ok = clock(), False
+        started, ok = monotonic(), False
         try:
             promise = loader()
-            if not isinstance(promise, Awaitable):
+            if type(promise) is not CoroutineType and not isinstance(promise, Awaitable):
                 raise TypeError(
                     f"the loader of {plan.name} returned {type(promise).__name__}, which can't be awaited. Make it an "
                     "`async def`; wrap blocking code in asyncio.to_thread."
@@ -167,7 +167,7 @@ class Loads:
             value = await promise
             ok = True
         finally:
-            cost = clock() - started
+            cost = monotonic() - started
             for observer in plan.observers:
                 observer.load(cost, ok)
         return value, cost

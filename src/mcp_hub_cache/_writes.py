@@ -9,7 +9,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any, Final
 
 from ._classes import ClassSet
@@ -123,9 +123,9 @@ class Writes:
         )
         return Write(key, frame, until.keep(now), fence)
 
-    async def put(self, session: Session, write: Write) -> Outcome:
+    def put(self, session: Session, write: Write) -> Coroutine[Any, Any, Outcome]:
         """Carry out a fenced write."""
-        return await self._submit(session, self._write, write.key, write, len(write.frame))
+        return self._submit(session, self._write, write.key, write, len(write.frame))
 
     async def _submit(self, session: Session, call: Any, key: bytes, item: Any, size: int = 0) -> Outcome:
         try:

@@ -1,8 +1,9 @@
 """A store in this process's memory: for tests, for programs that need no more, and as the last resort.
 
 Strategy: one dict from key to (frame, dead line), guarded by nothing, since no method awaits between looking and
-acting: what concerns a key is atomic on its event loop. Those methods return a finished future, so that callers pay no
-task. Expired entries go when they are met and by a sweep over a few keys with every write; the oldest go for room.
+acting: what concerns a key is atomic on its event loop. Those methods return an answer that is there already, so that
+callers pay no task. Expired entries go when they are met and by a sweep over a few keys with every write; the oldest go
+for room.
 
 What goes over all entries (scan, clear, info) lets the loop have a turn after every hundred. For that the keys also
 stand in buckets by their hash, each of which is copied when its turn comes: a copy of all keys alone would hold up the
@@ -21,6 +22,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Itera
 from typing import ClassVar, Final, Literal, TypeVar
 
 from .._changes import SLOTS, Changes, Slot
+from .._direct import Done
 from .._exceptions import StoreFullError
 from .._frame import HEAD_SIZE, TOKEN, Kind, is_live, peek, placeholder
 from .._protocols import Begun, Fence, Held, Outcome, Patch, Write
@@ -32,12 +34,6 @@ T = TypeVar("T")
 _SWEEP: Final = 2  # expired entries looked for per write: more than one, so that the dead go faster than the new come
 _PAGE: Final = 100  # entries looked at between two turns of the loop: a millisecond, or two on a busy machine
 _BUCKETS: Final = 256
-
-
-def _done(value: T) -> asyncio.Future[T]:
-    future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-    future.set_result(value)
-    return future
 
 
 class MemoryStore:
@@ -70,7 +66,7 @@ class MemoryStore:
         self._entries: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()  # least recently used first
         self._buckets: defaultdict[int, set[bytes]] = defaultdict(set)
         self._words = [0] * SLOTS
-        self._changes = Changes(self._words, self._clock)
+        self._changes = Changes(self._words, self._clock if clock is not None else time.monotonic)
         self._waiters: dict[int, list[asyncio.Future[None]]] = {}
 
     def now(self) -> float:
@@ -106,9 +102,10 @@ class MemoryStore:
             self._buckets[hash(key) % _BUCKETS].add(key)
         else:
             self._size -= len(key) + len(held[0])
-        self._entries[key] = (frame, math.inf if keep is None else self._clock() + keep)
+        now = self._clock()
+        self._entries[key] = (frame, math.inf if keep is None else now + keep)
         self._size += size
-        self._make_room()
+        self._make_room(now)
         return "done"
 
     def _drop(self, key: bytes) -> bytes | None:
@@ -120,18 +117,19 @@ class MemoryStore:
         self._size -= len(key) + len(held[0])
         return held[0] if self._clock() < held[1] else None
 
-    def _make_room(self) -> None:
-        now = self._clock()
-        for _ in range(min(_SWEEP, len(self._entries))):
-            key, (_, dead) = next(iter(self._entries.items()))
+    def _make_room(self, now: float) -> None:
+        for _ in range(_SWEEP):
+            key, (_, dead) = next(iter(self._entries.items()), (b"", (b"", math.inf)))
             if now < dead:
                 break
             self._drop(key)
+        if self._max_bytes is None or self._size <= self._max_bytes:
+            return
         evicted = 0
-        while self._max_bytes is not None and self._size > self._max_bytes:
+        while self._size > self._max_bytes:
             self._drop(next(iter(self._entries)))
             evicted += 1
-        if evicted and self.on_evict is not None:
+        if self.on_evict is not None:
             self.on_evict(evicted)
 
     def _bump(self, key: bytes) -> None:
@@ -151,15 +149,15 @@ class MemoryStore:
 
     def get_many(self, keys: Sequence[bytes], /) -> Awaitable[list[bytes | None]]:
         """See ``Store.get_many``."""
-        return _done([self._get(key) for key in keys])
+        return Done([self._get(key) for key in keys])
 
     def head_many(self, keys: Sequence[bytes], /) -> Awaitable[list[bytes | None]]:
         """See ``Store.head_many``."""
-        return _done([frame and frame[:HEAD_SIZE] for frame in map(self._get, keys)])
+        return Done([frame and frame[:HEAD_SIZE] for frame in map(self._get, keys)])
 
     def begin_many(self, keys: Sequence[bytes], /, *, hold: float) -> Awaitable[list[Begun]]:
         """See ``Store.begin_many``."""
-        return _done([self._begin(key, hold) for key in keys])
+        return Done([self._begin(key, hold) for key in keys])
 
     def _begin(self, key: bytes, hold: float) -> Begun:
         frame = self._get(key)
@@ -171,7 +169,7 @@ class MemoryStore:
 
     def write_many(self, writes: Sequence[Write], /) -> Awaitable[list[Outcome]]:
         """See ``Store.write_many``."""
-        return _done([self._write(write) for write in writes])
+        return Done([self._write(write) for write in writes])
 
     def _write(self, write: Write) -> Outcome:
         if write.fence is not None and self._holds(write.key, write.fence) is None:
@@ -180,7 +178,7 @@ class MemoryStore:
 
     def patch_many(self, patches: Sequence[Patch], /) -> Awaitable[list[Outcome]]:
         """See ``Store.patch_many``."""
-        return _done([self._patch(patch) for patch in patches])
+        return Done([self._patch(patch) for patch in patches])
 
     def _patch(self, patch: Patch) -> Outcome:
         frame = self._holds(patch.key, patch.fence)
@@ -190,7 +188,7 @@ class MemoryStore:
 
     def delete_many(self, keys: Sequence[bytes], /) -> Awaitable[list[bytes | None]]:
         """See ``Store.delete_many``."""
-        return _done([frame and frame[:HEAD_SIZE] for frame in map(self._drop, keys)])
+        return Done([frame and frame[:HEAD_SIZE] for frame in map(self._drop, keys)])
 
     async def scan(self, prefix: bytes, /) -> AsyncGenerator[list[tuple[bytes, bytes]], None]:
         """See ``Store.scan``. Pages of up to 100, with a turn of the loop between them."""
@@ -226,7 +224,7 @@ class MemoryStore:
 
     def ping(self) -> Awaitable[None]:
         """Always serves."""
-        return _done(None)
+        return Done(None)
 
     async def info(self) -> Mapping[str, str | int | float]:
         """Entries and bytes held."""
@@ -244,7 +242,7 @@ class MemoryStore:
 
     def aclose(self) -> Awaitable[None]:
         """Nothing to give back; the entries stay for the next loop."""
-        return _done(None)
+        return Done(None)
 
     # Coherent and Leases
 
@@ -275,7 +273,7 @@ class MemoryStore:
 
     def renew_many(self, held: Sequence[Held], /, *, hold: float) -> Awaitable[list[bool]]:
         """See ``Leases.renew_many``."""
-        return _done([self._renew(one, hold) for one in held])
+        return Done([self._renew(one, hold) for one in held])
 
     def _renew(self, held: Held, hold: float) -> bool:
         frame = self._holds(held.key, held.fence)
@@ -289,7 +287,7 @@ class MemoryStore:
         for one in held:
             if self._holds(one.key, one.fence) is not None:
                 self._drop(one.key)
-        return _done(None)
+        return Done(None)
 
 
 def _wake(future: asyncio.Future[None]) -> None:
