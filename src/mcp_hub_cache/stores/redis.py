@@ -273,17 +273,12 @@ class RedisStore:
         return [outcome == "done" for outcome in outcomes]
 
     def _change(
-        self,
-        commands: list[bytes],
-        convert: Callable[[list[Any]], T],
-        *,
-        count: int | None = None,
-        again: bool = False,
+        self, commands: list[bytes], convert: Callable[[list[Any]], T], *, count: int = 0, again: bool = False
     ) -> asyncio.Future[T]:
         if not commands:
             return _done(convert([]))
         data = commands if max(map(len, commands)) > BIG else b"".join(commands)
-        return self._wires.get().writes.send(data, len(commands) if count is None else count, convert, again=again)
+        return self._wires.get().writes.send(data, count or len(commands), convert, again=again)
 
     # All keys
 
