@@ -1,7 +1,7 @@
 """A future that tells who listens at once, where asyncio's own callbacks wait for the loop's next iteration.
 
-Between a connection and a caller stand a wire, a failover and a lane. With a plain future for each, an answer spent two
-more iterations of the loop on its way: a quarter of what a lone read took.
+Between a connection and a caller stand a wire, a failover and a lane. With a plain future for each, an answer spends
+two more iterations of the loop on its way: a lone read takes 7 % longer, 100 concurrent ones 3 % more processor time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Batches of requests, and queues of batches: what goes together, and in which order. No I/O, and no loop.
 
-A request is an entry in the lists of its batch. An object for each, with a clock call and a frame or two of its own,
-was a third of what a read cost on its way through a line.
+A request is an entry in the lists of its batch: at 100 callers, an object, a clock call and a place in the queue for
+each took 2 of the 12 µs that a read and its decoding cost in all.
 """
 
 from __future__ import annotations

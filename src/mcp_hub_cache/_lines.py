@@ -224,7 +224,7 @@ class Lane:
     def _ended(self, batch: Batch, work: asyncio.Future[Any]) -> None:
         closed = StoreUnreachableError("the store was closed while it was asked.") if work.cancelled() else None
         error = closed or work.exception()
-        self._end(batch, error, () if error is not None else work.result())
+        self._end(batch, error, work.result() if error is None else ())
 
     def _end(self, batch: Batch, error: BaseException | None, answers: Sequence[Any]) -> None:
         for flying in (self._reading, self._writing, self._abandoned):
@@ -327,8 +327,7 @@ class Lane:
         """Fail what waits, and end what is in flight."""
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
-        self._filling = None
+        self._timer = self._filling = None
         closed = StoreUnreachableError("the cache was closed.")
         batches = self._batches()
         works = [batch.work for batch in batches if batch.work is not None]

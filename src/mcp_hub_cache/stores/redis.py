@@ -287,7 +287,7 @@ class RedisStore:
         commands: list[bytes],
         convert: Callable[[list[Any]], T],
         *,
-        count: int | None = None,
+        count: int = 0,
         again: bool = False,
         writes: bool = False,
     ) -> asyncio.Future[T]:
@@ -295,7 +295,7 @@ class RedisStore:
             return _done(convert([]))
         wires = self._wires.get()
         data = commands if max(map(len, commands)) > BIG else b"".join(commands)
-        answer = wires.writes.send(data, len(commands) if count is None else count, convert, again=again)
+        answer = wires.writes.send(data, count or len(commands), convert, again=again)
         if wires.feed is not None:
             wires.feed.own(keys, answer, writes=writes)
         return answer
