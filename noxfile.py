@@ -1,4 +1,6 @@
-"""``nox`` checks style and types and runs the tests on every interpreter found; ``nox -s demo`` runs the demo.
+"""``nox`` checks style and types and runs the tests on every interpreter found.
+
+``nox -s demo`` runs the demo, ``nox -s bench`` the benchmarks.
 
 An interpreter that is not there is skipped, and the closing table says so. Environments are kept in ``.nox`` and
 installed into again only when pyproject.toml has changed.
@@ -98,3 +100,10 @@ def demo(session: nox.Session) -> None:
     """The demo on a real MCP server. REPO, CACHE_ and REDIS_ variables apply; arguments after ``--`` go to it."""
     _install(session, "demo", extras="[demo]")
     session.run("mcp-hub-cache", "demo", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Ratios to the peers, as a table, JSON and pictures. ``-- --quick``, ``-- --growth`` and more: ``-- --help``."""
+    _install(session, "bench", extras="[fast]")
+    session.run("python", "-m", "benchmarks", *session.posargs)

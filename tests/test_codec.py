@@ -6,6 +6,8 @@ import array
 import enum
 import json
 import math
+import subprocess
+import sys
 import threading
 import types
 from collections import ChainMap, OrderedDict, UserDict, defaultdict, deque
@@ -54,6 +56,39 @@ from tests.samples import (
     same,
     surplus,
 )
+
+LATE = """
+from mcp_hub_cache._codec import RICH, decode, encode, is_immutable
+
+# Looking at what it does not know imports nothing; a class that only says it is the library's is not taken for it.
+class Decimal:
+    __module__ = "decimal"
+
+for stranger in (Decimal(), object(), Decimal):
+    assert not is_immutable(stranger)
+    try:
+        encode(stranger)
+    except TypeError:
+        pass
+    else:
+        raise AssertionError(stranger)
+
+# Read where nobody has imported the type's module, then written.
+for payload in (
+    b'["de","1.50"]', b'["fr",1,3]', b'["ip","IPv6Network","::/64"]', b'["pa","PurePosixPath","/a"]',
+    b'["uu","00000000000000000000000000000001"]', b'["dt","2024-01-01T00:00:00",0,["zi","UTC",true]]',
+):
+    value = decode(RICH, payload)
+    assert encode(value) == (RICH, payload), payload
+
+import decimal
+assert is_immutable(decimal.Decimal(1)) and encode((decimal.Decimal(1),)) == (RICH, b'["t",["de","1"]]')
+"""
+
+
+def test_types_of_modules_that_are_not_imported_yet() -> None:
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def there_and_back(value: Any, classes: ClassSet = NOTHING) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import operator
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -40,6 +41,7 @@ class FakeTime:
         self.timers: list[Timer] = []
         self._loop = asyncio.get_running_loop()
         self.create_future = self._loop.create_future
+        self.call_soon = self._loop.call_soon
 
     def time(self) -> float:
         return self.now
@@ -86,7 +88,7 @@ class Layer:
 
 
 def _answer(item: Any) -> Any:
-    return [f"a{key.decode()}" for key in item] if isinstance(item, list) else f"a{item}"
+    return f"a{item.decode()}" if isinstance(item, bytes) else f"a{item}"
 
 
 @pytest.fixture
@@ -95,7 +97,7 @@ async def time() -> FakeTime:
 
 
 def lane_of(time: FakeTime, **options: Any) -> Lane:
-    options = {"reads_in_flight": 1, "deadline": 0.5, **options}
+    options = {"reads_in_flight": 1, "writes_in_flight": 1, "deadline": 0.5, **options}
     return Lane(time, **options)  # type: ignore[arg-type]
 
 
@@ -143,14 +145,60 @@ async def test_what_comes_while_a_call_is_in_flight_goes_together(lane: Lane, ge
 
 
 async def test_several_batches_of_reads_may_be_in_flight_and_end_in_any_order(time: FakeTime, get: Layer) -> None:
-    lane = lane_of(time, reads_in_flight=3)
-    futures = read(lane, get, *"abcdef")
-    assert get.calls == [["a"], ["b"], ["c"]]
+    lane = lane_of(time, reads_in_flight=3, max_items=2)
+    futures = read(lane, get, *"abcdefg")
+    assert get.calls == [["a"], ["b", "c"], ["d", "e"]]
     await get.answer(1)
-    assert get.calls[3:] == [["d", "e", "f"]]
+    assert get.calls[3:] == [["f", "g"]]
     for n in (3, 2, 0):
         await get.answer(n)
-    assert await asyncio.gather(*futures) == [f"a{key}" for key in "abcdef"]
+    assert await asyncio.gather(*futures) == [f"a{key}" for key in "abcdefg"]
+
+
+async def test_what_comes_in_one_iteration_goes_together_though_there_is_room(time: FakeTime, get: Layer) -> None:
+    lane = lane_of(time, reads_in_flight=3)
+    read(lane, get, *"abc")
+    assert get.calls == [["a"]]
+    await turns()
+    assert get.calls == [["a"], ["b", "c"]]
+    read(lane, get, "d")
+    await turns()
+    assert get.calls[2:] == [["d"]]
+
+
+async def test_who_was_answered_together_asks_together(time: FakeTime, get: Layer) -> None:
+    lane = lane_of(time, reads_in_flight=3)
+
+    async def agent(name: str) -> None:
+        await lane.read(get, name.encode(), name)
+        await lane.read(get, name.upper().encode(), name.upper())
+
+    agents = [asyncio.create_task(agent(name)) for name in "abcd"]
+    await turns(2)
+    assert get.calls == [["a"], ["b", "c", "d"]]
+    await get.answer(1)
+    assert get.calls[2:] == [["B", "C", "D"]]
+    for n in (0, 2, 3):
+        await get.answer(n)
+    await asyncio.gather(*agents)
+
+
+async def test_a_batch_that_is_full_does_not_wait_for_more(time: FakeTime, get: Layer) -> None:
+    lane = lane_of(time, reads_in_flight=3, max_items=2)
+    read(lane, get, *"abcd")
+    assert get.calls == [["a"], ["b", "c"]]
+
+
+async def test_several_batches_of_writes_are_in_flight_where_no_key_is_in_two(time: FakeTime, put: Layer) -> None:
+    lane = lane_of(time, writes_in_flight=3)
+    write(lane, put, "a1")
+    write(lane, put, "b1", "a2")
+    await turns()
+    assert put.calls == [["a1"]]  # b1 has gathered with a2, which must wait
+    await put.answer(0)
+    write(lane, put, "c1")
+    await turns()
+    assert put.calls[1:] == [["b1", "a2"], ["c1"]]
 
 
 async def test_one_batch_of_writes_is_in_flight(lane: Lane, put: Layer) -> None:
@@ -163,6 +211,7 @@ async def test_one_batch_of_writes_is_in_flight(lane: Lane, put: Layer) -> None:
 async def test_batches_are_bounded_by_count(time: FakeTime, get: Layer, put: Layer) -> None:
     lane = lane_of(time, reads_in_flight=1, max_items=4)
     read(lane, get, *"abcdefghij")
+    await turns()
     write(lane, put, *(f"{key}1" for key in "klmnopqrst"))
     for layer in (get, put):
         for _ in range(3):
@@ -197,9 +246,34 @@ async def test_a_group_is_one_request(lane: Lane, get: Layer) -> None:
     first = lane.read_group(get, [b"a", b"b"])
     second, third = lane.read_group(get, [b"c"]), lane.read_group(get, [b"d", b"a"])
     await get.answer()
-    assert get.calls == [[[b"a", b"b"]], [[b"c"], [b"d", b"a"]]]
+    assert get.calls == [[b"a", b"b"], [b"c", b"d", b"a"]]
     await get.answer()
     assert await asyncio.gather(first, second, third) == [["aa", "ab"], ["ac"], ["ad", "aa"]]
+
+
+async def test_groups_and_single_reads_share_batches(lane: Lane, get: Layer) -> None:
+    read(lane, get, "x")
+    futures = [
+        *read(lane, get, "a"),
+        lane.read_group(get, [b"b"]),
+        *read(lane, get, "c"),
+        lane.read_group(get, [b"d", b"e"]),
+    ]
+    futures[1].cancel()
+    await get.answer()
+    assert get.calls[1] == ["a", b"b", "c", b"d", b"e"]
+    await get.answer()
+    assert [await futures[n] for n in (0, 2, 3)] == ["aa", "ac", ["ad", "ae"]]
+
+
+async def test_a_large_group_goes_by_itself(time: FakeTime, get: Layer) -> None:
+    lane = lane_of(time, reads_in_flight=4, max_items=3)
+    read(lane, get, "x", "a", "b")
+    keys = [b"%d" % n for n in range(5)]
+    lane.read_group(get, keys)
+    read(lane, get, "c")
+    await turns()
+    assert get.calls == [["x"], ["a", "b"], keys, ["c"]]
 
 
 async def test_answers_that_are_there_at_once_do_not_pile_up_on_the_stack(time: FakeTime) -> None:
@@ -238,6 +312,7 @@ async def test_a_read_waits_for_the_writes_of_its_key_that_were_asked_for_before
 ) -> None:
     write(lane, put, "a1", "b1")
     futures = read(lane, get, "a", "b", "c")
+    await turns()
     assert get.calls == [["c"]]
     await get.answer()
     await put.answer()  # a1 is written, b1 is in flight
@@ -264,7 +339,7 @@ async def test_a_group_waits_for_the_writes_of_all_its_keys(lane: Lane, get: Lay
     await put.answer()
     assert get.calls == []
     await put.answer()
-    assert get.calls == [[[b"c", b"b", b"a"]]]
+    assert get.calls == [[b"c", b"b", b"a"]]
     await get.answer()
     assert await future == ["ac", "ab", "aa"]
 
@@ -300,7 +375,7 @@ async def test_reads_see_at_least_what_was_written_before_them(time: FakeTime) -
     """Random requests, cancellations and ends against a store that takes effect when it answers."""
     for seed in range(60):
         rng = random.Random(seed)
-        lane = lane_of(time, reads_in_flight=2, max_items=3, max_bytes=5)
+        lane = lane_of(time, reads_in_flight=2, writes_in_flight=1 + seed % 3, max_items=3, max_bytes=5)
         stored: dict[bytes, int] = {}
         flying: list[Callable[[], None]] = []
 
@@ -318,11 +393,16 @@ async def test_reads_see_at_least_what_was_written_before_them(time: FakeTime) -
         sets = [store_call(lambda item, stored=stored: stored.__setitem__(*item)) for _ in range(2)]
         written: dict[bytes, int] = {}
         reads: list[tuple[int, asyncio.Future[Any]]] = []
+        groups: list[tuple[list[int], asyncio.Future[Any]]] = []
         number = 0
         for _ in range(200):
             key = rng.choice([b"a", b"b", b"c"])
             action = rng.random()
-            if action < 0.35:
+            if action < 0.1:
+                keys = [b"a", b"b", b"c"][: rng.randrange(1, 4)]
+                future = lane.read_group(get, keys)
+                groups.append(([written.get(key, 0) for key in keys], future))
+            elif action < 0.35:
                 number += 1
                 written[key] = number
                 future = lane.write(rng.choice(sets), key, (key, number), rng.randrange(4))
@@ -335,14 +415,17 @@ async def test_reads_see_at_least_what_was_written_before_them(time: FakeTime) -
                     future.cancel()
             elif flying:
                 flying.pop(rng.randrange(len(flying)))()
-                await asyncio.sleep(0)
+                await turns(rng.randrange(3))
+        await turns()
         while flying:
             flying.pop(rng.randrange(len(flying)))()
-            await asyncio.sleep(0)
+            await turns(4)
         assert stored == written
         for at_least, future in reads:
             assert future.done()
             assert future.cancelled() or future.result() >= at_least
+        for at_least_each, future in groups:
+            assert all(map(operator.ge, future.result(), at_least_each))
         assert not lane._unwritten
         assert not lane._held
 
@@ -465,14 +548,15 @@ async def test_the_outcome_of_an_item_may_be_an_error(lane: Lane, put: Layer) ->
 
 
 async def test_a_queue_has_an_end(time: FakeTime, get: Layer, put: Layer) -> None:
-    lane = lane_of(time, reads_in_flight=1, max_queued=3)
+    lane = lane_of(time, reads_in_flight=1, max_queued=3, max_items=1)
     reads = read(lane, get, *"abcde")
+    await turns()
     writes = write(lane, put, *(f"{key}1" for key in "klmno"))
     for refused in (reads[4], writes[4]):
         assert isinstance(refused.exception(), StoreExhaustedError)
     # What was refused holds nobody up.
-    await get.answer()
-    await get.answer()
+    for _ in "abcd":
+        await get.answer()
     after = read(lane, get, "o")
     await get.answer()
     assert await after[0] == "ao"
@@ -483,6 +567,7 @@ async def test_a_queue_has_an_end(time: FakeTime, get: Layer, put: Layer) -> Non
 
 async def test_the_deadline_frees_the_caller(time: FakeTime, lane: Lane, get: Layer, put: Layer) -> None:
     futures = [*read(lane, get, "a", "b"), *write(lane, put, "c1", "d1"), *read(lane, get, "c")]
+    await turns()
     time.advance(0.499)
     assert not any(future.done() for future in futures)
     time.advance(0.001)
@@ -496,6 +581,7 @@ async def test_each_has_a_deadline_of_its_own(time: FakeTime, lane: Lane, get: L
     first = read(lane, get, "a")[0]
     time.advance(0.3)
     second = read(lane, get, "b")[0]
+    await turns()
     time.advance(0.2)
     assert isinstance(first.exception(), StoreTimeoutError)
     assert not second.done()
@@ -536,9 +622,11 @@ async def _after_write(lane: Lane, get: Layer) -> Any:
 async def test_stuck_reads_give_their_places_to_others(time: FakeTime, get: Layer) -> None:
     lane = lane_of(time, reads_in_flight=2)
     stuck = read(lane, get, "a", "b")
+    await turns()
     time.advance(0.5)
     assert all(isinstance(future.exception(), StoreTimeoutError) for future in stuck)
     others = read(lane, get, "c", "d")
+    await turns()
     assert get.calls[2:] == [["c"], ["d"]]
     await get.answer(2)
     await get.answer(3)
@@ -549,6 +637,7 @@ async def test_a_store_that_never_answers_is_not_buried_in_calls(time: FakeTime,
     lane = lane_of(time, reads_in_flight=2)
     for n in range(100):
         future = read(lane, get, f"k{n}")[0]
+        await turns(2)
         time.advance(0.5)
         assert isinstance(future.exception(), StoreTimeoutError)
     assert len(get.calls) <= 4 * 2 + 2
@@ -589,8 +678,11 @@ async def test_but_it_is_put_off_and_not_given_up(time: FakeTime, lane: Lane, ge
 
 
 async def test_closing_ends_everything(time: FakeTime, lane: Lane, get: Layer, put: Layer) -> None:
-    futures = [*read(lane, get, "a", "b"), *write(lane, put, "c1", "d1"), *read(lane, get, "d")]
+    futures = [*write(lane, put, "c1", "d1"), *read(lane, get, "a", "b", "d")]
+    await turns()
+    late = read(lane, get, "e")
     await lane.aclose()
+    futures += late
     assert get.futures[0].cancelled()
     assert put.futures[0].cancelled()
     for future in futures:
@@ -647,6 +739,25 @@ async def test_keys_of_different_lanes_never_share_a_batch(get: Layer) -> None:
     assert lines.lane(b"a1") is lines.lane(b"a2") is not lines.lane(b"b1")
     assert not any({"a", "b"} <= {item[0] for item in call} for call in get.calls)
     assert ["b1"] in get.calls
+    await lines.aclose()
+
+
+async def test_a_key_stays_in_its_lane_until_its_writes_are_over(get: Layer, put: Layer) -> None:
+    big: set[bytes] = set()
+    lines = Lines(asyncio.get_running_loop(), lambda key: key in big, deadline=5)
+    lines.write(put, b"a", "a1")
+    small = lines.lane(b"a")
+    big.add(b"a")
+    lines.read(get, b"a", "a")
+    lines.write(put, b"a", "a2")
+    await turns()
+    assert (put.calls, get.calls) == ([["a1"]], [])
+    await put.answer()
+    assert (put.calls, get.calls) == ([["a1"], ["a2"]], [])
+    await put.answer()
+    assert get.calls == [["a"]]
+    assert lines.lane(b"a") is not small
+    await get.answer()
     await lines.aclose()
 
 

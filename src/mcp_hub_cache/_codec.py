@@ -20,6 +20,7 @@ from __future__ import annotations
 from datetime import date, datetime, time, timedelta
 from math import isfinite
 from typing import Any, Final
+from uuid import UUID
 
 from ._classes import NOTHING, ClassSet
 from ._exceptions import UncacheableError
@@ -34,9 +35,8 @@ BYTES: Final = 3
 _SCALARS: Final = frozenset((str, int, bool, type(None)))
 _FLOAT: Final = frozenset((float,))
 _IMMUTABLE: Final = frozenset(
-    (str, int, bool, type(None), float, bytes, complex, date, datetime, time, timedelta, range)
+    (str, int, bool, type(None), float, bytes, complex, date, datetime, time, timedelta, UUID, range)
 )
-_LATE_IMMUTABLE: Final = {"UUID": "uuid", "Decimal": "decimal"}
 
 
 class DecodeError(ValueError):
@@ -158,5 +158,4 @@ def is_immutable(value: Any, depth: int = 4) -> bool:
         return True
     if kind is tuple or kind is frozenset:
         return depth > 0 and all(is_immutable(item, depth - 1) for item in value)
-    module = _LATE_IMMUTABLE.get(kind.__name__)
-    return module is not None and kind is late(module, kind.__name__)
+    return kind.__name__ == "Decimal" and kind is late("decimal.Decimal")

@@ -29,7 +29,7 @@ from ._lifetime import PerLoop
 from ._lines import Lines
 from ._near import Near
 from ._placeholders import Placeholders
-from ._policy import Freshness, freshness
+from ._policy import is_fresh
 from ._protocols import Coherent, Monitored, Observer, Store
 
 T = TypeVar("T")
@@ -38,6 +38,7 @@ log = logging.getLogger("mcp_hub_cache")
 
 _MAX_WARNED: Final = 1000
 CHUNK: Final = 128  # of a call with many keys: each chunk has the deadline to itself
+_ENTRY: Final = int(Kind.ENTRY)  # an Enum's members are looked up slowly
 _SLICE: Final = 2000  # entries of L1 looked at before the loop may turn
 
 
@@ -108,9 +109,9 @@ class Engine:
         self.monitored = store if isinstance(store, Monitored) else None
         self._warned: set[str] = set()
         self._sessions: PerLoop[Session] = PerLoop(self._open, owner=f"this {store.name} cache", close=self._close)
-        # The store's calls, bound once: a line tells kinds of requests apart by the identity of their call.
+        # The store's call, bound once: a line tells kinds of requests apart by their call.
         self._get = store.get_many
-        self._get_groups = self._ask_groups
+        self._now = store.now
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> Session:
         lines: Lines | Direct
@@ -147,16 +148,10 @@ class Engine:
 
     # Reading
 
-    async def read(self, key: bytes, classes: ClassSet) -> Hit | None:
-        """Return the fresh entry under *key*, or None."""
-        hit, _ = await self.look_up(self.session(), key, classes)
-        tell_read(hit, self.observers)
-        return hit
-
     async def look_up(
         self, session: Session, key: bytes, classes: ClassSet, *, share: bool = False
     ) -> tuple[Hit | None, bool]:
-        """As ``read``, uncounted; and whether the store could be asked at all."""
+        """Return the fresh entry under *key*, or None; and whether the store could be asked at all. Tells nobody."""
         near: Near | None = None
         if self._slot is not None:
             if (hit := self._hit_near(session, key, classes, share=share)) is not None:
@@ -208,7 +203,7 @@ class Engine:
                     hits[key] = hit
                 else:
                     expected[key] = self._expect(key)
-        parts = session.lines.read_groups(self._get_groups, [key for key in keys if key not in hits])
+        parts = session.lines.read_groups(self._get, [key for key in keys if key not in hits])
         for (part, _), answer in zip(parts, await every([future for _, future in parts]), strict=True):
             if isinstance(answer, StoreError):
                 self.trouble(answer)
@@ -218,11 +213,6 @@ class Engine:
                 if hit is not None:
                     hits[key] = hit
 
-    async def _ask_groups(self, groups: Sequence[Sequence[bytes]]) -> list[Sequence[bytes | None]]:
-        answers = await self._get([key for group in groups for key in group])
-        ends = iter(answers)
-        return [[next(ends) for _ in group] for group in groups]
-
     def accept(
         self, session: Session, key: bytes, data: bytes | None, classes: ClassSet, near: Near | None
     ) -> Hit | None:
@@ -230,20 +220,23 @@ class Engine:
 
         *near*, made before the store was asked, is filled with it and put in L1.
         """
-        frame = self.fresh_frame(key, data)
+        frame = self.intact(key, data)
         if frame is None:
             return None
+        head, now = frame.head, self._now()
+        if not is_fresh(head, now):
+            return None
         try:
-            value = decode(frame.head.codec, frame.payload, classes)
+            value = decode(head.codec, frame.payload, classes)
         except DecodeError as error:
             self._damaged(key, "undecodable", error)
             return None
         if near is not None:
-            near.fill(frame, value, frame.head.fresh_until - self.store.now())
+            near.fill(frame, value, head.fresh_until - now)
             evicted = session.l1.put(near)
             if evicted:
                 self._tell_all(lambda observer: observer.eviction(evicted))
-        return Hit(value, frame.head, self.store.name if self.monitored is None else self.monitored.serving)
+        return Hit(value, head, self.store.name if self.monitored is None else self.monitored.serving)
 
     def intact(self, key: bytes, data: bytes | None) -> Frame | None:
         """The entry's frame, None for placeholders, nothing and damage."""
@@ -254,15 +247,12 @@ class Engine:
         except FrameError as error:
             self._damaged(key, error.reason, error)
             return None
-        return frame if frame.head.kind == Kind.ENTRY else None
+        return frame if frame.head.kind == _ENTRY else None
 
     def fresh_frame(self, key: bytes, data: bytes | None) -> Frame | None:
         """The same, if it is fresh."""
         frame = self.intact(key, data)
-        return frame if frame is not None and self._is_fresh(frame.head) else None
-
-    def _is_fresh(self, head: Head) -> bool:
-        return freshness(head, self.store.now()) is Freshness.FRESH
+        return frame if frame is not None and is_fresh(frame.head, self._now()) else None
 
     async def head(self, key: bytes) -> Head | None:
         """Return the head of the fresh, intact entry under *key*, or None. Nothing is decoded."""
@@ -280,7 +270,7 @@ class Engine:
             head = None if data is None else unpack_head(data)
         except FrameError:
             return None
-        return head if head is not None and head.kind == Kind.ENTRY and self._is_fresh(head) else None
+        return head if head is not None and head.kind == _ENTRY and is_fresh(head, self._now()) else None
 
     # Trouble
 

@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from ._classes import closure_of
 from ._exceptions import UncacheableError
-from ._keys import argument_bytes, digest, function_name
+from ._keys import argument_bytes, digest, function_name, true_name
 
 log = logging.getLogger("mcp_hub_cache")
 
@@ -62,12 +62,12 @@ def identify(func: Callable[..., Any]) -> str:
 def own_key(instance: Any) -> tuple[str, object]:
     """Return what tells *instance* from others: its class's true name, and what its ``__cache_key__`` says."""
     material = instance.__cache_key__  # an attribute, a property or a method
-    return function_name(type(instance)).identity, material() if callable(material) else material
+    return true_name(type(instance)), material() if callable(material) else material
 
 
 def _text(func: Any, unknown: dict[str, int], within: set[int]) -> str:
     """The true name of *func* with the forms of its free variables; notes in *unknown* which have none."""
-    text = function_name(func).identity
+    text = true_name(func)
     code = getattr(func, "__code__", None)
     if not isinstance(code, CodeType) or id(func) in within:
         return text
@@ -98,7 +98,7 @@ def _captured(value: object, unknown: dict[str, int], within: set[int]) -> str:
         parts = [_captured(part, unknown, within) for part in (value.func, *value.args, *value.keywords.values())]
         return f"partial {_form(parts)} {_form(list(value.keywords))}" if all(parts) else ""
     if inspect.isclass(value) or inspect.isbuiltin(value):
-        return "name " + function_name(value).identity
+        return "name " + true_name(value)
     if hasattr(type(value), "__cache_key__"):
         return _form(list(own_key(value)))
     return _form(value)

@@ -1,13 +1,16 @@
 """Batching: requests that arrive while others are in flight become one call.
 
 Strategy, after the way pipelining database drivers work: a request that finds its line idle starts at once, in its
-caller's own step; those that come meanwhile queue, and go together when a call returns. Nobody waits for company.
+caller's own step. Those that find it busy gather, and go together at the end of the loop's iteration, or as soon as
+they fill a batch; in both cases as places in flight become free. Callers who have been answered tend to ask again in
+the iteration that wakes them, so what they ask then gathers, too. Nobody waits for company longer than that.
 
 Rules:
 - Callers await their own future and nothing else. One that is cancelled leaves; the batch goes on. So no call of the
   layer below is ever cut off in the middle because somebody lost interest.
-- A lane has a line for reads, with a few batches in flight, and one for writes, with one. Writes of a key happen in the
-  order they were asked for; a read that is asked for after a write of its key waits for it.
+- A lane has a line for reads and one for writes, each with a few batches in flight. Writes of a key happen in the
+  order they were asked for: no two batches in flight have a key in common. A read that is asked for after a write of
+  its key waits for it. A key whose lane changes stays in the old one until its last write there is over.
 - What has been submitted as a write happens, even when nobody waits any more; a read that nobody waits for is dropped.
 - One deadline counts from submission and covers queueing. It frees the caller; what is in flight ends by the lower
   layer's own limits. One timer per lane watches the oldest request: no timer per call.
@@ -18,44 +21,41 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Any, Final, NamedTuple
 
+from ._answer import when_done
+from ._batches import Batch, Call, Queue
 from ._exceptions import StoreError, StoreExhaustedError, StoreProtocolError, StoreTimeoutError, StoreUnreachableError
 
-Call = Callable[[Sequence[Any]], Awaitable[Sequence[Any]]]
-
 _LATE: Final = 0.05  # seconds by which a timer may be late before the process counts as busy
-_LOOK_AHEAD: Final = 256  # requests looked at to fill a batch
 
 
-class _Request:
-    __slots__ = ("call", "due", "future", "item", "keys", "size")
+class _Held(NamedTuple):
+    """A read that waits for writes of its keys."""
 
-    def __init__(  # noqa: PLR0917  # made in one place, for every request
-        self, call: Call, keys: Sequence[bytes], item: Any, size: int, future: asyncio.Future[Any], due: float
-    ) -> None:
-        self.call = call
-        self.keys = keys
-        self.item = item
-        self.size = size
-        self.future = future
-        self.due = due
-
-
-class _Batch:
-    __slots__ = ("abandoned", "requests", "work", "writes")
-
-    def __init__(self, requests: list[_Request], *, writes: bool) -> None:
-        self.requests = requests
-        self.writes = writes
-        self.abandoned = False
-        self.work: asyncio.Future[Any] | None = None
+    call: Call
+    keys: Sequence[bytes]
+    items: Sequence[Any]
+    grouped: bool
+    future: asyncio.Future[Any]
+    due: float
 
 
 class Lane:
-    """The reads and writes of keys that may share a batch."""
+    """The reads and writes of keys that may share a batch.
+
+    Args:
+        loop: The running one.
+        deadline: Seconds from submission to the answer.
+        max_items: In a batch; only a group may be larger.
+        max_bytes: In a batch of writes; only a single write may be larger.
+        reads_in_flight: Batches at once.
+        writes_in_flight: Batches at once.
+        max_queued: Requests that may wait, reads and writes each.
+        home: Where the lane of every key with unanswered writes is noted.
+    """
 
     def __init__(
         self,
@@ -65,190 +65,227 @@ class Lane:
         max_items: int = 64,
         max_bytes: int = 1024 * 1024,
         reads_in_flight: int = 3,
+        writes_in_flight: int = 2,
         max_queued: int = 100_000,
+        home: dict[bytes, Lane] | None = None,
     ) -> None:
         self._loop = loop
+        self._create_future = loop.create_future
         self._deadline = deadline
-        self._max_items = max_items
-        self._max_bytes = max_bytes
         self._reads_in_flight = reads_in_flight
-        self._max_queued = max_queued
-        self._reads: deque[_Request] = deque()
-        self._writes: deque[_Request] = deque()
+        self._writes_in_flight = writes_in_flight
+        self._max_items = max_items
+        self._reads = Queue(self._due, max_items, max_bytes, max_queued)
+        self._writes = Queue(self._due, max_items, max_bytes, max_queued)
+        self._reading: set[Batch] = set()
+        self._writing: set[Batch] = set()
+        self._abandoned: set[Batch] = set()
         self._unwritten: dict[bytes, int] = {}  # writes queued or in flight, by key
-        self._held: dict[bytes, list[_Request]] = {}  # reads that wait for those
-        self._in_flight: set[_Batch] = set()
-        self._reading = 0
-        self._writing = 0
+        self._held: dict[bytes, list[_Held]] = {}
+        self._home = {} if home is None else home
+        self._gathering = False
+        self._filling: Batch | None = None  # the batch of single reads that takes what comes in this iteration
         self._going = False
         self._timer: asyncio.TimerHandle | None = None
         self._settled: asyncio.Future[None] | None = None
 
     def read(self, call: Call, key: bytes, item: Any) -> asyncio.Future[Any]:
         """Return the future answer of *call* to *item*."""
-        request = self._request(call, (key,), item, 0)
-        self._admit(request)
-        return request.future
+        future = self._create_future()
+        batch = self._filling
+        if key in self._unwritten:
+            self._hold(_Held(call, (key,), (item,), grouped=False, future=future, due=self._due()))
+        elif batch is not None and batch.call is call:  # what most find while there is much to do
+            batch.items.append(item)
+            batch.futures.append(future)
+            if len(batch.items) >= self._max_items:
+                self._filling = None
+                self._go_on()
+        elif not (self._reading or self._gathering):
+            batch = Batch(call)
+            batch.add(item, future)
+            self._start(batch, self._reading)
+        elif (batch := self._reads.batch(call)) is not None:
+            batch.add(item, future)
+            self._joined(self._reads, batch)
+            if self._reads.has_room(batch) and batch.counts is None:
+                self._filling = batch
+        else:
+            self._refuse(future)
+        return future
 
     def read_group(self, call: Call, keys: Sequence[bytes]) -> asyncio.Future[Any]:
         """Return the future answers to all *keys* as one list: one request, where ``read`` of each would be many."""
-        request = self._request(call, keys, keys, 0)
-        self._admit(request)
-        return request.future
-
-    def _admit(self, request: _Request) -> None:
-        if self._unwritten:
-            for key in request.keys:
-                if key in self._unwritten:
-                    self._held.setdefault(key, []).append(request)
-                    return
-        if self._reading < self._reads_in_flight and not self._reads:
-            self._start(_Batch([request], writes=False))
+        future = self._create_future()
+        self._filling = None
+        if not self._unwritten.keys().isdisjoint(keys):
+            self._hold(_Held(call, keys, keys, grouped=True, future=future, due=self._due()))
+        elif not (self._reading or self._gathering):
+            batch = Batch(call)
+            batch.add_group(keys, future)
+            self._start(batch, self._reading)
+        elif (queued := self._reads.batch(call, len(keys))) is not None:
+            queued.add_group(keys, future)
+            self._joined(self._reads, queued)
         else:
-            self._enqueue(self._reads, request)
+            self._refuse(future)
+        return future
 
     def write(self, call: Call, key: bytes, item: Any, size: int) -> asyncio.Future[Any]:
         """Return the future outcome; it happens whether or not anybody awaits it."""
-        request = self._request(call, (key,), item, size)
-        if len(self._writes) >= self._max_queued:
-            self._enqueue(self._writes, request)  # refuses it
-            return request.future
-        self._unwritten[key] = self._unwritten.get(key, 0) + 1
-        if not self._writing and not self._writes:
-            self._start(_Batch([request], writes=True))
+        future = self._create_future()
+        others = self._unwritten.get(key, 0)
+        idle = not (self._writing or self._gathering)
+        queue = self._writes
+        batch = Batch(call) if idle else queue.last(call, size) if others else queue.batch(call, 1, size)
+        if batch is None:
+            self._refuse(future)
+            return future
+        self._unwritten[key] = others + 1
+        self._home[key] = self
+        batch.add(item, future)
+        batch.keys.append(key)
+        batch.size += size
+        batch.contested |= others > 0
+        if idle:
+            self._start(batch, self._writing)
         else:
-            self._enqueue(self._writes, request)
-        return request.future
+            self._joined(queue, batch)
+        return future
 
-    def _request(self, call: Call, keys: Sequence[bytes], item: Any, size: int) -> _Request:
+    def _joined(self, queue: Queue, batch: Batch) -> None:
+        if not self._gathering:
+            self._gather()
+        elif not queue.has_room(batch):
+            self._go_on()
+
+    def _refuse(self, future: asyncio.Future[Any]) -> None:
+        future.set_exception(
+            StoreExhaustedError("too many requests wait for the store already.", cure="It is too slow for this load.")
+        )
+
+    # What comes in one iteration of the loop
+
+    def _gather(self) -> None:
+        """Let gather what comes in this iteration, behind what is ready to run in it by now."""
+        self._gathering = True
+        self._loop.call_soon(self._gathered)
+
+    def _gathered(self) -> None:
+        self._gathering = False
+        self._filling = None
+        self._writes.stamp()
+        self._reads.stamp()
+        self._go_on()
+
+    def _due(self) -> float:
+        """Return when what is asked for now is due, and see to it that somebody looks."""
         due = self._loop.time() + self._deadline
         if self._timer is None:
             self._timer = self._loop.call_at(due, self._watch, due)
-        return _Request(call, keys, item, size, self._loop.create_future(), due)
-
-    def _enqueue(self, queue: deque[_Request], request: _Request) -> None:
-        if len(queue) < self._max_queued:
-            queue.append(request)
-        else:
-            request.future.set_exception(
-                StoreExhaustedError(
-                    f"{len(queue)} requests wait for the store already.", cure="It is too slow for this load."
-                )
-            )
+        return due
 
     # Batches
 
-    def _start(self, batch: _Batch) -> None:
-        if batch.writes:
-            self._writing += 1
-        else:
-            self._reading += 1
-        self._in_flight.add(batch)
-        try:
-            answer = batch.requests[0].call([request.item for request in batch.requests])
-        except Exception as error:  # noqa: BLE001  # _end hands it to the callers
-            self._end(batch, error, ())
-            return
-        if isinstance(answer, asyncio.Future):
-            if answer.done():
-                self._ended(batch, answer)
-                return
-            work = answer
-        else:
-            work = asyncio.ensure_future(answer)
-        batch.work = work
-        work.add_done_callback(lambda done: self._ended(batch, done))
-
-    def _ended(self, batch: _Batch, work: asyncio.Future[Any]) -> None:
-        if work.cancelled():
-            self._end(batch, StoreUnreachableError("the store was closed while it was asked."), ())
-        elif (error := work.exception()) is not None:
-            self._end(batch, error, ())
-        else:
-            self._end(batch, None, work.result())
-
-    def _end(self, batch: _Batch, error: BaseException | None, answers: Sequence[Any]) -> None:
-        self._in_flight.discard(batch)
-        if not batch.abandoned:
-            self._free(batch)
-        if error is None and len(answers) != len(batch.requests):
-            error = StoreProtocolError(f"{len(batch.requests)} requests got {len(answers)} answers.")
-        elif error is not None and not isinstance(error, StoreError):
-            cause, error = error, StoreError(f"unexpected {type(error).__name__} in the store.")
-            error.__cause__ = cause
-        if error is not None:
-            for request in batch.requests:
-                if not request.future.done():
-                    request.future.set_exception(error)
-        else:
-            for request, answer in zip(batch.requests, answers, strict=True):
-                if not request.future.done():
-                    request.future.set_result(answer)
-        if batch.writes:
-            for request in batch.requests:
-                self._written(request.keys[0])
-        self._go_on()
-
-    def _free(self, batch: _Batch) -> None:
-        if batch.writes:
-            self._writing -= 1
-        else:
-            self._reading -= 1
-
-    def _written(self, key: bytes) -> None:
-        left = self._unwritten[key] - 1
-        if left:
-            self._unwritten[key] = left
-            return
-        del self._unwritten[key]
-        if self._settled is not None and not self._unwritten:
-            self._settled.set_result(None)
-            self._settled = None
-        for request in self._held.pop(key, ()):
-            self._admit(request)
-
     def _go_on(self) -> None:
-        if self._going:  # a call that was over at once got us here again: the loop below goes on, not the stack
+        if self._going:  # a call that was over at once got us here again: the loops below go on, not the stack
             return
         self._going = True
         try:
-            while self._writes and not self._writing and (batch := self._next_writes()):
-                self._start(_Batch(batch, writes=True))
-            while self._reads and self._reading < self._reads_in_flight and (batch := self._next_reads()):
-                self._start(_Batch(batch, writes=False))
+            while self._may_go(self._writes, self._writing, self._writes_in_flight):
+                if self._is_overtaking(self._writes.batches[0]):
+                    break
+                self._start(self._writes.pop(), self._writing)
+            while self._may_go(self._reads, self._reading, self._reads_in_flight):
+                batch = self._reads.pop()
+                if not batch.is_left():
+                    self._start(batch, self._reading)
         finally:
             self._going = False
 
-    def _next_reads(self) -> list[_Request]:
-        batch: list[_Request] = []
-        while self._reads and len(batch) < self._max_items:
-            request = self._reads[0]
-            if batch and request.call is not batch[0].call:
-                break
-            self._reads.popleft()
-            if not request.future.done():
-                batch.append(request)
-        return batch
+    def _may_go(self, queue: Queue, flying: set[Batch], most: int) -> bool:
+        return bool(queue.batches) and len(flying) < most and not (self._gathering and queue.grows())
 
-    def _next_writes(self) -> list[_Request]:
-        """Take writes of one kind, none overtaking another of its key."""
-        batch: list[_Request] = []
-        passed: list[_Request] = []
-        blocked = {request.keys[0] for flying in self._in_flight if flying.writes for request in flying.requests}
-        size = 0
-        while self._writes and len(batch) < self._max_items and len(passed) < _LOOK_AHEAD:
-            request = self._writes.popleft()
-            if request.keys[0] in blocked or (batch and request.call is not batch[0].call):
-                passed.append(request)
-                blocked.add(request.keys[0])
+    def _is_overtaking(self, batch: Batch) -> bool:
+        return batch.contested and any(not {*batch.keys}.isdisjoint(flying.keys) for flying in self._writing)
+
+    def _start(self, batch: Batch, flying: set[Batch]) -> None:
+        flying.add(batch)
+        if len(batch.dues) < len(batch.futures):
+            batch.stamp(self._due())
+        try:
+            answer = batch.call(batch.items)
+        except Exception as error:  # noqa: BLE001  # _end hands it to the callers
+            self._end(batch, error, ())
+            return
+        batch.work = work = answer if isinstance(answer, asyncio.Future) else asyncio.ensure_future(answer)
+        when_done(work, partial(self._ended, batch))
+
+    def _ended(self, batch: Batch, work: asyncio.Future[Any]) -> None:
+        closed = StoreUnreachableError("the store was closed while it was asked.") if work.cancelled() else None
+        error = closed or work.exception()
+        self._end(batch, error, () if error is not None else work.result())
+
+    def _end(self, batch: Batch, error: BaseException | None, answers: Sequence[Any]) -> None:
+        for flying in (self._reading, self._writing, self._abandoned):
+            flying.discard(batch)
+        if error is None and len(answers) != len(batch.items):
+            error = StoreProtocolError(f"{len(batch.items)} requests got {len(answers)} answers.")
+        if error is None:
+            batch.answer(answers)
+        else:
+            batch.fail(StoreError.of(error))
+        if batch.keys:
+            self._written(batch.keys)
+        if len(batch.futures) > 1 and not self._gathering:
+            self._gather()  # those who have just been answered are ready to run, and may ask again
+        self._go_on()
+
+    # Writes, and reads that wait for them
+
+    def _written(self, keys: Sequence[bytes]) -> None:
+        unwritten = self._unwritten
+        for key in keys:
+            others = unwritten[key] - 1
+            if others:
+                unwritten[key] = others
                 continue
-            size += request.size
-            if batch and size > self._max_bytes:
-                passed.append(request)
-                break
-            batch.append(request)
-        self._writes.extendleft(reversed(passed))
-        return batch
+            del unwritten[key], self._home[key]
+            for held in self._held.pop(key, ()):
+                self._release(held)
+        if self._settled is not None and not unwritten:
+            self._settled.set_result(None)
+            self._settled = None
+
+    def _hold(self, held: _Held) -> None:
+        key = next(key for key in held.keys if key in self._unwritten)
+        self._held.setdefault(key, []).append(held)
+
+    def _release(self, held: _Held) -> None:
+        if not self._unwritten.keys().isdisjoint(held.keys):
+            self._hold(held)
+            return
+        self._filling = None
+        batch = self._reads.batch(held.call, len(held.items))
+        if batch is None:
+            self._refuse(held.future)
+            return
+        batch.stamp(self._due())
+        batch.dues.append(held.due)
+        if held.grouped:
+            batch.add_group(held.items, held.future)
+        else:
+            batch.add(held.items[0], held.future)
+        self._joined(self._reads, batch)
+
+    def settled(self) -> asyncio.Future[None]:
+        """Return a future that is done when no write is queued or in flight, whether or not anybody waits for it."""
+        settled = self._settled or self._loop.create_future()
+        if self._unwritten:
+            self._settled = settled
+        else:
+            settled.set_result(None)
+        return settled
 
     # Deadlines
 
@@ -258,14 +295,13 @@ class Lane:
             self._timer = self._loop.call_at(now + _LATE, self._watch, now + _LATE)
             return
         self._timer = None
-        waiting = [request for batch in self._in_flight for request in batch.requests]
-        waiting += [request for queue in (self._reads, self._writes, *self._held.values()) for request in queue]
-        next_due = min(
-            (request.due for request in waiting if request.due > now and not request.future.done()), default=0.0
-        )
-        for request in waiting:
-            if request.due <= now and not request.future.done():
-                request.future.set_exception(
+        waiting = [(read.future, read.due) for held in self._held.values() for read in held]
+        for batch in self._batches():
+            waiting += zip(batch.futures, batch.dues, strict=False)
+        next_due = min((due for future, due in waiting if due > now and not future.done()), default=0.0)
+        for future, due in waiting:
+            if due <= now and not future.done():
+                future.set_exception(
                     StoreTimeoutError(
                         f"no answer from the store within {self._deadline:g} s.", cure="Is it overloaded?"
                     )
@@ -274,48 +310,50 @@ class Lane:
             self._timer = self._loop.call_at(next_due, self._watch, next_due)
         self._abandon()
 
+    def _batches(self) -> list[Batch]:
+        flying = (self._reading, self._writing, self._abandoned)
+        return [batch for some in (*flying, self._reads.batches, self._writes.batches) for batch in some]
+
     def _abandon(self) -> None:
         """Give the places of reads that nobody waits for to others; so many at once that the store is not buried."""
-        for batch in list(self._in_flight):
-            stuck = (
-                not batch.writes and not batch.abandoned and all(request.future.done() for request in batch.requests)
-            )
-            if stuck and len(self._in_flight) < 4 * self._reads_in_flight:
-                batch.abandoned = True
-                self._free(batch)
+        for batch in list(self._reading):
+            stuck = all(future.done() for future in batch.futures)
+            if stuck and len(self._reading) + len(self._abandoned) < 4 * self._reads_in_flight:
+                self._reading.remove(batch)
+                self._abandoned.add(batch)
         self._go_on()
-
-    def settled(self) -> asyncio.Future[None]:
-        """Return a future that is done when no write is queued or in flight, whether or not anybody waits for it."""
-        if self._settled is None:
-            self._settled = self._loop.create_future()
-            if not self._unwritten:
-                self._settled.set_result(None)
-        settled = self._settled
-        if settled.done():
-            self._settled = None
-        return settled
 
     async def aclose(self) -> None:
         """Fail what waits, and end what is in flight."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        waiting = [*self._reads, *self._writes, *(request for held in self._held.values() for request in held)]
-        works = [batch.work for batch in self._in_flight if batch.work is not None]
-        self._reads.clear()
-        self._writes.clear()
+        self._filling = None
+        closed = StoreUnreachableError("the cache was closed.")
+        batches = self._batches()
+        works = [batch.work for batch in batches if batch.work is not None]
+        for queue in (self._reads, self._writes):
+            while queue.batches:
+                queue.pop().fail(closed)
+        for read in (read for held in self._held.values() for read in held):
+            if not read.future.done():
+                read.future.set_exception(closed)
         self._held.clear()
-        for request in waiting:
-            if not request.future.done():
-                request.future.set_exception(StoreUnreachableError("the cache was closed."))
         for work in works:
             work.cancel()
         await asyncio.gather(*works, return_exceptions=True)
-        for batch in list(self._in_flight):  # what has ended just now, and has not been told yet
-            for request in batch.requests:
-                if not request.future.done():
-                    request.future.set_exception(StoreUnreachableError("the cache was closed."))
+        for batch in batches:  # what ended just now, and was not told
+            batch.fail(closed)
+
+
+class _Lanes(dict[Hashable, Lane]):
+    def __init__(self, make: Callable[[], Lane]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, name: Hashable) -> Lane:
+        lane = self[name] = self._make()
+        return lane
 
 
 class Lines:
@@ -324,32 +362,28 @@ class Lines:
     def __init__(
         self, loop: asyncio.AbstractEventLoop, lane_of: Callable[[bytes], Hashable], *, deadline: float
     ) -> None:  # fmt: skip
-        self._loop = loop
         self._lane_of = lane_of
         self._deadline = deadline
-        self._lanes: dict[Hashable, Lane] = {}
+        self._home: dict[bytes, Lane] = {}
+        self._lanes = _Lanes(lambda: Lane(loop, deadline=deadline, home=self._home))
 
     def lane(self, key: bytes) -> Lane:
-        """Return the lane that *key* belongs to."""
-        name = self._lane_of(key)
-        lane = self._lanes.get(name)
-        if lane is None:
-            lane = self._lanes[name] = Lane(self._loop, deadline=self._deadline)
-        return lane
+        """Return the lane that *key* belongs to now."""
+        return self._home.get(key) or self._lanes[self._lane_of(key)]
 
     def read(self, call: Call, key: bytes, item: Any) -> asyncio.Future[Any]:
         """See ``Lane.read``."""
-        return self.lane(key).read(call, key, item)
+        return (self._home.get(key) or self._lanes[self._lane_of(key)]).read(call, key, item)
 
     def write(self, call: Call, key: bytes, item: Any, size: int = 0) -> asyncio.Future[Any]:
         """See ``Lane.write``."""
-        return self.lane(key).write(call, key, item, size)
+        return (self._home.get(key) or self._lanes[self._lane_of(key)]).write(call, key, item, size)
 
     def read_groups(self, call: Call, keys: Sequence[bytes]) -> list[tuple[Sequence[bytes], asyncio.Future[Any]]]:
         """Split *keys* by lane and ask for each part; the parts with the futures of their lists of answers."""
         parts: dict[Lane, list[bytes]] = {}
         for key in keys:
-            parts.setdefault(self.lane(key), []).append(key)
+            parts.setdefault(self._home.get(key) or self._lanes[self._lane_of(key)], []).append(key)
         return [(part, lane.read_group(call, part)) for lane, part in parts.items()]
 
     async def settle(self) -> None:

@@ -108,8 +108,13 @@ class Freshness(Enum):
     EXPIRED = "expired"
 
 
+def is_fresh(head: Head, now: float) -> bool:
+    """Whether ``freshness`` says so: what every read asks."""
+    return head.created - SKEW <= now < head.fresh_until and now < head.keep_until
+
+
 def freshness(head: Head, now: float) -> Freshness:
     """Say how fresh the entry with *head* is at *now*, in the store's time."""
-    if now < head.created - SKEW or now >= head.keep_until:
-        return Freshness.EXPIRED
-    return Freshness.FRESH if now < head.fresh_until else Freshness.STALE
+    if is_fresh(head, now):
+        return Freshness.FRESH
+    return Freshness.STALE if head.created - SKEW <= now < head.keep_until else Freshness.EXPIRED

@@ -14,12 +14,12 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from datetime import date, datetime, time, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID, SafeUUID
 
 from ._classes import ClassSet
 from ._tagged import DOUBLE, IPS, MAX_INT, MIN_INT, PATHS, Json, late
 
 if TYPE_CHECKING:
-    from uuid import UUID
     from zoneinfo import ZoneInfo
 
 
@@ -109,7 +109,7 @@ def _read_deque(reviver: Reviver, data: list[Json]) -> deque[Any]:
 
 def _zone(reviver: Reviver, data: Json) -> Any:
     zone = reviver.revive(data)
-    if zone is not None and type(zone) is not timezone and type(zone) is not late("zoneinfo", "ZoneInfo"):
+    if zone is not None and type(zone) is not timezone and type(zone) is not late("zoneinfo.ZoneInfo"):
         raise TypeError("a time zone that is none")
     return zone
 
@@ -131,14 +131,13 @@ def _read_timedelta(_: Reviver, data: list[Json]) -> timedelta:
 
 def _read_zone(_: Reviver, data: list[Json]) -> ZoneInfo:
     _, key, from_cache = data
-    kind: type[ZoneInfo] = late("zoneinfo", "ZoneInfo")
+    kind: type[ZoneInfo] = late("zoneinfo.ZoneInfo")
     return kind(key) if from_cache else kind.no_cache(key)
 
 
 def _read_uuid(_: Reviver, data: list[Json]) -> UUID:
     _, text, *safety = data
-    kind: type[UUID] = late("uuid", "UUID")
-    return kind(text, is_safe=late("uuid", "SafeUUID")[safety[0]]) if safety else kind(text)
+    return UUID(text, is_safe=SafeUUID[safety[0]]) if safety else UUID(text)
 
 
 def _read_fraction(reviver: Reviver, data: list[Json]) -> object:
@@ -146,7 +145,7 @@ def _read_fraction(reviver: Reviver, data: list[Json]) -> object:
     if type(numerator) is not int or type(denominator) is not int or denominator < 1:
         raise ValueError("not the parts of a fraction")
     # Fraction() would take the gcd, which for two integers of 4 MB takes minutes.
-    made: Any = object.__new__(late("fractions", "Fraction"))
+    made: Any = object.__new__(late("fractions.Fraction"))
     made._numerator, made._denominator = numerator, denominator  # noqa: SLF001  # see above
     return made
 
@@ -175,12 +174,12 @@ def _one_of(kinds: tuple[str, ...], name: Any) -> str:
 
 def _read_path(reviver: Reviver, data: list[Json]) -> object:
     _, name, text = data
-    return late("pathlib", _one_of(PATHS, name))(_exactly(reviver.revive(text), str))
+    return late(f"pathlib.{_one_of(PATHS, name)}")(_exactly(reviver.revive(text), str))
 
 
 def _read_ip(_: Reviver, data: list[Json]) -> object:
     _, name, text = data
-    return late("ipaddress", _one_of(IPS, name))(_exactly(text, str))
+    return late(f"ipaddress.{_one_of(IPS, name)}")(_exactly(text, str))
 
 
 _Reader = Callable[[Reviver, list[Json]], Any]
@@ -208,7 +207,7 @@ _READERS: Final[dict[str, _Reader]] = {
     "tz": lambda reviver, data: timezone(*reviver.items(data)),
     "zi": _read_zone,
     "uu": _read_uuid,
-    "de": lambda _, data: late("decimal", "Decimal")(_only_part(data)),
+    "de": lambda _, data: late("decimal.Decimal")(_only_part(data)),
     "fr": _read_fraction,
     "pa": _read_path,
     "ip": _read_ip,

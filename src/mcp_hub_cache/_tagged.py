@@ -35,6 +35,7 @@ from functools import cache
 from importlib import import_module
 from itertools import chain
 from typing import Any, Final
+from uuid import UUID, SafeUUID  # orjson imports it, as it does datetime
 
 import orjson
 
@@ -90,7 +91,7 @@ class Tagger:
             return value if MIN_INT <= value <= MAX_INT else ["i", hex(value)]
         if kind is float:
             return value if -INF < value < INF else ["n", DOUBLE.pack(value).hex()]
-        write = _WRITERS.get(kind) or _late_writer(kind)
+        write = _WRITERS.get(kind)
         return self._instance(value, kind, depth) if write is None else write(self, value, depth)
 
     def enter(self, depth: int) -> int:
@@ -167,11 +168,17 @@ class Tagger:
             refusal.path.append(f".{name}")
             raise
 
-    def _instance(self, value: object, kind: type, depth: int) -> list[Json]:
-        name, shape = self._find(kind)
+    def _instance(self, value: object, kind: type, depth: int) -> Json:
+        try:
+            name, shape = self._find(kind)
+        except Refusal:
+            write = _late_writer(kind)
+            if write is None:
+                raise
+            return write(self, value, depth)
         fields, rest = shape.take(value)
         depth = self.enter(self.enter(depth))
-        tagged = ["c", name, {field: self.attribute(field, item, depth) for field, item in fields.items()}]
+        tagged: list[Json] = ["c", name, {field: self.attribute(field, item, depth) for field, item in fields.items()}]
         if rest is not None:
             tagged.append(self.tag(rest, depth))
         return tagged
@@ -253,7 +260,7 @@ def _write_zone(_: Tagger, value: Any, __: int) -> Json:
 
 def _write_uuid(_: Tagger, value: Any, __: int) -> Json:
     safety = value.is_safe
-    return ["uu", value.hex] if safety is late("uuid", "SafeUUID").unknown else ["uu", value.hex, safety.name]
+    return ["uu", value.hex] if safety is SafeUUID.unknown else ["uu", value.hex, safety.name]
 
 
 def _write_fraction(tagger: Tagger, value: Any, depth: int) -> Json:
@@ -288,6 +295,7 @@ _WRITERS: Final[dict[type, _Writer]] = {
     time: _write_time,
     timedelta: _write_timedelta,
     timezone: _write_timezone,
+    UUID: _write_uuid,
 }
 _LATE_WRITERS: Final[dict[str, dict[str, _Writer]]] = {
     "decimal": {"Decimal": lambda _, value, __: ["de", str(value)]},
@@ -296,18 +304,18 @@ _LATE_WRITERS: Final[dict[str, dict[str, _Writer]]] = {
     "pathlib": dict.fromkeys(
         PATHS, lambda tagger, value, depth: ["pa", type(value).__name__, tagger.tag(str(value), depth)]
     ),
-    "uuid": {"UUID": _write_uuid},
     "zoneinfo": {"ZoneInfo": _write_zone},
 }
 """By module and class, for modules that were not there yet: what is there moves to ``_WRITERS``."""
 
 
 @cache
-def late(module: str, name: str) -> Any:
+def late(path: str) -> Any:
     """Return a class of the standard library that few values hold; its module is imported now if it was not yet.
 
     Importing them all beforehand took as long as all the rest of this package does.
     """
+    module, _, name = path.partition(".")
     return getattr(import_module(module), name)
 
 
@@ -315,7 +323,7 @@ def _late_writer(kind: type) -> _Writer | None:
     # Where there is an instance, its class's module is there: what nobody has imported need not be looked at.
     for module in tuple(_LATE_WRITERS):
         if module in sys.modules and (writers := _LATE_WRITERS.get(module)) is not None:
-            _WRITERS.update({late(module, name): write for name, write in writers.items()})
+            _WRITERS.update({late(f"{module}.{name}"): write for name, write in writers.items()})
             # Only now: a thread that no longer finds them here must find them there.
             _LATE_WRITERS.pop(module, None)
     return _WRITERS.get(kind)

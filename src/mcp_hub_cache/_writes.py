@@ -57,6 +57,15 @@ class Writes:
             )
         return codec, payload
 
+    async def write(self, key: bytes, codec: int, payload: bytes, ttl: float) -> None:
+        """Store one entry, unconditionally: wins over loads in progress."""
+        session = self._engine.session()
+        session.forget(key)
+        write = self.framed(key, codec, payload, ttl)
+        outcome = await self._submit(session, self._write, key, write, len(write.frame))
+        if outcome != "done" and isinstance(outcome, StoreError):
+            await self.withdraw(session, key, outcome)
+
     async def write_many(self, entries: Sequence[tuple[bytes, int, bytes]], ttl: float) -> None:
         """Store (key, codec, payload) each, unconditionally: wins over loads in progress."""
         session = self._engine.session()

@@ -48,6 +48,9 @@ class Primary(FaultyStore):
     def get_many(self, keys: Sequence[bytes], /) -> asyncio.Future[list[bytes | None]]:  # type: ignore[override]
         return asyncio.ensure_future(super().get_many(keys))  # as a store that needs no task for it
 
+    def write_many(self, writes: Sequence[Write], /) -> asyncio.Future[list[Outcome]]:  # type: ignore[override]
+        return asyncio.ensure_future(super().write_many(writes))
+
     async def renew_many(self, held: Sequence[Held], /, *, hold: float) -> list[bool]:
         result: list[bool] = await self._guarded("renew_many", lambda: self._memory.renew_many(held, hold=hold))
         return result

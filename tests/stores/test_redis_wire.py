@@ -200,6 +200,57 @@ async def test_an_error_of_one_request_is_its_own(script: Script) -> None:
         assert script.accepted == 1
 
 
+@pytest.mark.parametrize("whole", [False, True])
+async def test_large_data_goes_out_in_turns_and_in_order(script: Script, whole: bool) -> None:
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async with opened(script) as wire:
+        warm = wire.send(GET, 1, first)
+        await script.asked.get()
+        script.say(b"+warm\r\n")
+        await warm
+        large = os.urandom(3_000_000)
+        other = asyncio.create_task(others())
+        parts = [b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$3000000\r\n", large, b"\r\n"]
+        futures = [
+            wire.send(b"".join(parts) if whole else parts, 1, first),
+            wire.send(pack((b"GET", b"after")), 1, first),
+        ]
+        assert await script.asked.get() == [b"SET", b"k", large]
+        assert await script.asked.get() == [b"GET", b"after"]
+        assert turns > 10
+        other.cancel()
+        script.say(b"+one\r\n+two\r\n")
+        assert await asyncio.gather(*futures) == [b"one", b"two"]
+
+
+@pytest.mark.parametrize("connected", [False, True])
+async def test_hung_up_on_amid_large_data(script: Script, connected: bool) -> None:
+    """Nothing of the rest of it reaches the connection that comes after."""
+    async with opened(script) as wire:
+        if connected:
+            warm = wire.send(GET, 1, first)
+            await script.asked.get()
+            script.say(b"+warm\r\n")
+            await warm
+        large = os.urandom(3_000_000)
+        parts = [b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$3000000\r\n", large, b"\r\n"]
+        future = wire.send(parts, 1, first, again=True)
+        if connected:
+            await asyncio.sleep(0)
+            script.hang_up()
+        assert await script.asked.get() == [b"SET", b"k", large]
+        script.say(b"+done\r\n")
+        assert await future == b"done"
+        assert script.accepted == 1 + connected
+
+
 # Connections that end
 
 

@@ -12,7 +12,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Final, TypeVar, cast
 
@@ -131,27 +131,42 @@ class Primary:
         sent = {at: item for at, item in enumerate(items) if item.fence is None or item.fence.store == self.store.id}
         if not sent:
             return outcomes
-        batch, failure = list(sent.values()), None
+        batch = list(sent.values())
         try:
             await self._settle([item.key for item in batch])
-            answers: Sequence[Outcome] = await ask(batch)
+            answers: Sequence[Outcome] | StoreError = await ask(batch)
         except StoreError as error:
-            answers, failure = [error] * len(batch), error
+            answers = error
         except BaseException:
-            self._keeper.note(item.key for item in batch if item.fence is None)
+            self.note(batch)
             raise
-        failed: dict[int, StoreError] = {}
-        for at, answer in zip(sent, answers, strict=True):
+        for at, answer in zip(sent, self.changed(name, batch, answers), strict=True):
             outcomes[at] = answer
-            if isinstance(answer, StoreError):
-                failed[at] = answer
+        return outcomes
+
+    def note(self, items: Iterable[Write | Patch]) -> None:
+        """Nobody knows what became of *items*."""
+        self._keeper.note(item.key for item in items if item.fence is None)
+
+    def changed(self, name: str, items: Sequence[W], answers: Sequence[Outcome] | StoreError) -> list[Outcome]:
+        """Report the *answers* to items that were sent, or the error that ended the call, and return the outcomes.
+
+        Raises:
+            StoreError: As for ``change``.
+        """
+        outcomes: list[Outcome] = [answers] * len(items) if isinstance(answers, StoreError) else list(answers)
+        failed = [
+            (item, outcome)
+            for item, outcome in zip(items, outcomes, strict=True)
+            if isinstance(outcome, StoreError) and (item.fence is None or item.fence.store == self.store.id)
+        ]
         if not failed:
             self._keeper.answered(name)
             return outcomes
-        self._keeper.note(sent[at].key for at, error in failed.items() if sent[at].fence is None or _in_doubt(error))
-        self._keeper.failed(name, next(iter(failed.values())))  # one round trip, one failure
-        if failure is not None and not failure.outage:
-            raise failure
+        self._keeper.note(item.key for item, error in failed if item.fence is None or _in_doubt(error))
+        self._keeper.failed(name, failed[0][1])  # one round trip, one failure
+        if isinstance(answers, StoreError) and not answers.outage:
+            raise answers
         return outcomes
 
     async def delete_many(self, keys: Sequence[bytes]) -> Frames:

@@ -4,49 +4,59 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
+
+from .._answer import Answer, when_done
 
 T = TypeVar("T")
 
 
 def relay(
-    asked: asyncio.Future[T], well: Callable[[], bool], otherwise: Callable[[asyncio.Future[T]], Coroutine[Any, Any, T]]
-) -> asyncio.Future[T]:
-    """Return a future of the answer to what was *asked*.
+    asked: asyncio.Future[T], take: Callable[[asyncio.Future[T]], T | Coroutine[Any, Any, T]]
+) -> Answer[T]:  # fmt: skip
+    """Return a future of what *take* makes of *asked*.
 
     Args:
         asked: What was asked.
-        well: Called with an answer that is no error; False: it needs looking at.
-        otherwise: Awaited, in a task, for the answer where *asked* failed or needs looking at; is given *asked*, done.
+        take: Called with *asked* when it is done, whether or not anybody still waits. What it returns or raises is the
+            answer; a coroutine is awaited for it, in a task.
 
     Cancellation:
-        Cancelling the result leaves *asked* alone, and ends what *otherwise* began.
+        Cancelling the result leaves *asked* alone, and ends what *take* began.
     """
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[T] = loop.create_future()
+    answer: Answer[T] = Answer(loop=asked.get_loop())
+    when_done(asked, partial(_take, take, answer))
+    return answer
 
-    def take(done: asyncio.Future[T]) -> None:
-        if done.cancelled():
-            answer.cancel()
-        elif done.exception() is None and well():
+
+def _take(
+    take: Callable[[asyncio.Future[T]], T | Coroutine[Any, Any, T]], answer: Answer[T], asked: asyncio.Future[T]
+) -> None:
+    try:
+        taken = take(asked)
+    except asyncio.CancelledError:
+        answer.cancel()
+    except Exception as error:  # noqa: BLE001  # it is the answer
+        if not answer.done():
+            answer.set_exception(error)
+    else:
+        if not asyncio.iscoroutine(taken):
             if not answer.done():
-                answer.set_result(done.result())
-        elif not answer.done():
-            task = loop.create_task(otherwise(done))
-            task.add_done_callback(pass_on)
+                answer.set_result(taken)
+        elif answer.done():
+            taken.close()
+        else:
+            task = answer.get_loop().create_task(taken)
+            task.add_done_callback(partial(_pass_on, answer))
             answer.add_done_callback(lambda _: task.cancel())
 
-    def pass_on(task: asyncio.Task[T]) -> None:
-        if task.cancelled():
-            answer.cancel()
-        elif (error := task.exception()) is not None:
-            if not answer.done():
-                answer.set_exception(error)
-        elif not answer.done():
-            answer.set_result(task.result())
 
-    if asked.done():
-        take(asked)
-    else:
-        asked.add_done_callback(take)
-    return answer
+def _pass_on(answer: Answer[T], task: asyncio.Task[T]) -> None:
+    if task.cancelled():
+        answer.cancel()
+    elif (error := task.exception()) is not None:
+        if not answer.done():
+            answer.set_exception(error)
+    elif not answer.done():
+        answer.set_result(task.result())

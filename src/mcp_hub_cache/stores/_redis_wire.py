@@ -21,16 +21,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar, cast
 
 import hiredis
 from hiredis import ReplyError
 
+from .._answer import Answer
 from .._exceptions import StoreError
 from ._redis_address import Address
 from ._redis_driver import open_connection
 from ._redis_errors import lost, not_redis, store_error, timed_out, unreachable
+from ._redis_outlet import Outlet
 
 __all__ = ["Clock", "Doubt", "ReplyError", "Wire", "Wires", "pack"]
 
@@ -83,8 +85,8 @@ class _Request:
 
     def __init__(
         self,
-        future: asyncio.Future[Any],
-        data: bytes,
+        future: Answer[Any],
+        data: bytes | Sequence[bytes],
         count: int,
         convert: Callable[[list[Any]], Any],
         sent: float,
@@ -107,6 +109,8 @@ class _Link(asyncio.BufferedProtocol):
         # Kept because a StreamWriter closes its transport when it is finalised.
         self._writer = writer
         self.transport: asyncio.WriteTransport = writer.transport
+        self._outlet = Outlet(loop, self.transport)
+        self.write = self._outlet.write
         self.closed: asyncio.Future[None] = loop.create_future()
         self.pending: deque[_Request] = deque()
         self.heard = False
@@ -145,12 +149,20 @@ class _Link(asyncio.BufferedProtocol):
             if future.done():
                 continue
             try:
-                future.set_result(request.convert(answer))
+                converted = request.convert(answer)
             except StoreError as error:
                 future.set_exception(error)
             except Exception:
                 pending.appendleft(request)  # so that it fails with the others
                 raise
+            else:
+                future.set_result(converted)
+
+    def pause_writing(self) -> None:
+        self._outlet.pause()
+
+    def resume_writing(self) -> None:
+        self._outlet.resume()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # the base class's signature
         if not self.closed.done():
@@ -188,12 +200,12 @@ class Wire:
         self._closed = False
 
     def send(
-        self, data: bytes, count: int, convert: Callable[[list[Any]], T], *, again: bool = False
-    ) -> asyncio.Future[T]:
+        self, data: bytes | Sequence[bytes], count: int, convert: Callable[[list[Any]], T], *, again: bool = False
+    ) -> Answer[T]:
         """Send commands and return the future of their answer.
 
         Args:
-            data: The commands, packed.
+            data: The commands, packed, whole or in parts.
             count: How many replies they get; at least 1.
             convert: Makes the answer of the replies, error replies among them as ``ReplyError`` objects. Called at most
                 once, while bytes are being taken in: must be quick. May raise ``StoreError`` or ``Doubt``.
@@ -202,7 +214,7 @@ class Wire:
         Cancellation:
             Cancelling the future stops nothing that was sent.
         """
-        future: asyncio.Future[T] = self._loop.create_future()
+        future: Answer[T] = Answer(loop=self._loop)
         if self._closed:
             future.set_exception(unreachable(self._address.where, "The store was closed."))
             return future
@@ -213,7 +225,7 @@ class Wire:
         if link is not None:
             if len(pending) == 1:
                 link.heard = False
-            link.transport.write(data)
+            link.write(data)
         elif self._opening is None:
             self._open()
         if self._timer is None:
@@ -258,12 +270,13 @@ class Wire:
         question = self._question(waiting[0].sent if waiting else self._loop.time())
         link.pending = self._pending = deque([question, *waiting])
         self._link = link
-        link.transport.write(b"".join([request.data for request in self._pending]))
+        for request in self._pending:
+            link.write(request.data)
 
     def _question(self, sent: float) -> _Request:
         self._ask_at = self._loop.time() + _ASK_EVERY
         asked = steady()
-        future: asyncio.Future[None] = self._loop.create_future()
+        future: Answer[None] = Answer(loop=self._loop)
         future.add_done_callback(_retrieve)
         return _Request(future, _TIME, 1, lambda replies: self._learn(replies[0], asked), sent, again=False)
 
@@ -284,11 +297,11 @@ class Wire:
         repeated = deque(request for request in self._pending if request.again and not request.future.done())
         failed = [request for request in self._pending if not request.again]
         self._pending = repeated
-        _fail(failed, lost(self._address.where))
         for request in repeated:
             request.again = False
         if repeated:
             self._open()
+        _fail(failed, lost(self._address.where))  # last: who hears of it may send at once
 
     def on_doubt(self, link: _Link) -> None:
         """*link* brought something that can't be told apart from a mix-up."""
@@ -326,7 +339,7 @@ class Wire:
         if now >= self._ask_at and self._link is not None:
             self._link.heard = self._link.heard and bool(self._pending)
             self._pending.append(self._question(now))
-            self._link.transport.write(_TIME)
+            self._link.write(_TIME)
         if not self._pending:
             return
         oldest = self._pending[0]

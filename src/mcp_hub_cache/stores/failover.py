@@ -31,9 +31,10 @@ import asyncio
 import inspect
 import random
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
 from contextlib import aclosing
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from .._changes import Slot
 from .._exceptions import StoreError
@@ -87,13 +88,16 @@ class FailoverStore:
     ) -> None:
         self.id = next_store_id()
         self.name = primary.name
+        # The primary's, whoever serves: lanes say what may share a batch, and nothing about order.
+        self.lane: Callable[[bytes], Hashable] = primary.lane
         self._standby = None if standby is None else Standby(standby, standby_ttl)
         self._journal = Journal(prefix, max_journal)
+        self._breaker = Breaker(failures=failures, probe_after=probe_after, probe_max=probe_max, clock=clock, rng=rng)
         self._keeper = Keeper(
             primary,
             self._standby,
             prefix=prefix,
-            breaker=Breaker(failures=failures, probe_after=probe_after, probe_max=probe_max, clock=clock, rng=rng),
+            breaker=self._breaker,
             backoff=Backoff(probe_after, probe_max, rng),
             journal=self._journal,
             clock=clock,
@@ -101,7 +105,10 @@ class FailoverStore:
         self._keeper.on_state = on_state
         self._keeper.on_epoch = self.distrust
         self._primary = Primary(primary, self._keeper, self._journal)
-        self._answers_with_futures = not inspect.iscoroutinefunction(primary.get_many)
+        self._store = primary
+        self._answers_with_futures = not (
+            inspect.iscoroutinefunction(primary.get_many) or inspect.iscoroutinefunction(primary.write_many)
+        )
         # Looked at once: isinstance with a protocol is slow, and stamps are taken on every hit.
         self._primary_feed = _coherent(primary)
         self._standby_feed = _coherent(standby)
@@ -128,16 +135,12 @@ class FailoverStore:
         """The serving store's clock; see ``Store.now``."""
         return self._serving().now()
 
-    def lane(self, key: bytes, /) -> Hashable:
-        """The serving store's; see ``Store.lane``."""
-        return self._serving().lane(key)
-
     # Routing
 
     def _serving(self) -> Store:
         """The store whose clock, lanes and fences count now."""
-        if self._keeper.up or (standby := self._keeper.stand_in()) is None:
-            return self._primary.store
+        if self._breaker.state == "closed" or (standby := self._keeper.stand_in()) is None:
+            return self._store
         return standby.store
 
     def _away(self) -> Standby:
@@ -181,9 +184,15 @@ class FailoverStore:
         """See ``Store.get_many``."""
         # What most calls are: asked within the caller's step, and answered without a task.
         if self._answers_with_futures and self._is_calm():
-            asked = asyncio.ensure_future(self._primary.store.get_many(keys))
-            return relay(asked, self._went_well, lambda done: self._get(keys, done))
+            return relay(asyncio.ensure_future(self._store.get_many(keys)), partial(self._got, keys))
         return self._get(keys)
+
+    def _got(self, keys: Sequence[bytes], asked: asyncio.Future[Frames]) -> Frames | Coroutine[Any, Any, Frames]:
+        if asked.exception() is None:
+            self._keeper.answered("get")
+            if not len(self._journal):
+                return asked.result()
+        return self._get(keys, asked)
 
     async def _get(self, keys: Sequence[bytes], asked: Awaitable[Frames] | None = None) -> Frames:
         return await self._either(
@@ -192,11 +201,7 @@ class FailoverStore:
         )
 
     def _is_calm(self) -> bool:
-        return self._keeper.up and not len(self._journal)
-
-    def _went_well(self) -> bool:
-        self._keeper.answered("get")
-        return not len(self._journal)
+        return self._breaker.state == "closed" and not len(self._journal)
 
     async def head_many(self, keys: Sequence[bytes], /) -> Frames:
         """See ``Store.head_many``."""
@@ -227,14 +232,38 @@ class FailoverStore:
             lambda primary: primary.begin_many(keys, hold=hold), lambda standby: standby.begin_many(keys, hold=hold)
         )
 
-    async def write_many(self, writes: Sequence[Write], /) -> list[Outcome]:
+    def write_many(self, writes: Sequence[Write], /) -> Awaitable[list[Outcome]]:
         """See ``Store.write_many``. What the primary can't be told is written to the standby, unless it has a fence."""
+        if self._answers_with_futures and self._is_calm():
+            sent = fitted(writes, self.id, self._store)
+            if all([write.fence is None or write.fence.store == self._store.id for write in sent]):  # noqa: C419
+                return relay(asyncio.ensure_future(self._store.write_many(sent)), partial(self._wrote, sent))
+        return self._write(writes)
+
+    def _wrote(
+        self, writes: Sequence[Write], asked: asyncio.Future[list[Outcome]]
+    ) -> list[Outcome] | Coroutine[Any, Any, list[Outcome]]:
+        try:
+            answers: list[Outcome] | StoreError = asked.result()
+        except StoreError as error:
+            answers = error
+        except BaseException:
+            self._primary.note(writes)
+            raise
+        if not isinstance(answers, StoreError) and answers.count("done") == len(writes):
+            self._keeper.answered("write")
+            return answers
+        return self._elsewhere(writes, self._primary.changed("write", writes, answers))
+
+    async def _write(self, writes: Sequence[Write]) -> list[Outcome]:
         if not self._keeper.up:
             self._keeper.note(write.key for write in writes if write.fence is None)
             standby = self._away()
             return await standby.write_many(fitted(writes, self.id, standby.store))
-        store = self._primary.store
-        outcomes = await self._primary.change("write", store.write_many, fitted(writes, self.id, store))
+        outcomes = await self._primary.change("write", self._store.write_many, fitted(writes, self.id, self._store))
+        return await self._elsewhere(writes, outcomes)
+
+    async def _elsewhere(self, writes: Sequence[Write], outcomes: list[Outcome]) -> list[Outcome]:
         away = [
             at
             for at, outcome in enumerate(outcomes)
@@ -254,8 +283,7 @@ class FailoverStore:
         if not self._keeper.up:
             standby = self._away()
             return await standby.patch_many(fitted(patches, self.id, standby.store))
-        store = self._primary.store
-        return await self._primary.change("patch", store.patch_many, fitted(patches, self.id, store))
+        return await self._primary.change("patch", self._store.patch_many, fitted(patches, self.id, self._store))
 
     async def delete_many(self, keys: Sequence[bytes], /) -> Frames:
         """See ``Store.delete_many``. What fails is made up for before anything under these keys is read again."""

@@ -32,13 +32,12 @@ from .._tokens import new_token
 from . import next_store_id
 from ._redis_address import make_address
 from ._redis_errors import store_error
+from ._redis_outlet import BIG, in_parts
 from ._redis_scripts import BEGIN, DELETE, PATCH, RELEASE, RENEW, WRITE
 from ._redis_wire import Clock, Doubt, ReplyError, Wires, pack
 
 T = TypeVar("T")
 
-BIG: Final = 64 * 1024
-"""Bytes from which on a value is read over a wire of its own, so that small reads don't wait for it."""
 _BIG_KEYS: Final = 1024  # how many such keys are remembered
 _PAGE: Final = b"500"
 _MAX_MS: Final = 10**15  # 31,000 years; the server refuses what would overflow its clock
@@ -65,6 +64,10 @@ class RedisStore:
         tls_insecure: Give up verifying whom one talks to: anybody on the way can read and change everything.
         timeout: Seconds for a call, connecting included; more than 0.
         max_connections: At least 1; up to 4 are used.
+
+    Attributes:
+        lane: See ``Store.lane``: "bulk" for keys lately seen with a big value.
+        now: Seconds since the epoch as the server tells it; this machine's before the first connect.
 
     Raises:
         ValueError: A part is out of range, contradicts another, or would weaken TLS.
@@ -110,7 +113,10 @@ class RedisStore:
             tls_insecure=tls_insecure,
         )
         self._clock = clock = Clock()
-        self._big: dict[bytes, None] = {}  # keys seen with a big value, latest last
+        self._big: dict[bytes, str] = {}  # keys seen with a big value, latest last, and their lane
+        # Asked for every read: two frames less each, where it is the table's own look-up.
+        self.lane: Callable[[bytes], Hashable] = self._big.get
+        self.now: Callable[[], float] = clock.now
         self._wires: PerLoop[Wires] = PerLoop(
             lambda loop: Wires(loop, address, timeout, clock, max_connections),
             owner=f"the Redis store at {address.where}",
@@ -120,14 +126,6 @@ class RedisStore:
 
     def __repr__(self) -> str:
         return f"RedisStore({self._address.where}/{self._address.db})"
-
-    def now(self) -> float:
-        """Seconds since the epoch as the server tells it; this machine's before the first connect."""
-        return self._clock.now()
-
-    def lane(self, key: bytes, /) -> Hashable:
-        """See ``Store.lane``: "bulk" for keys lately seen with a big value."""
-        return "bulk" if key in self._big else None
 
     # Reading
 
@@ -155,7 +153,7 @@ class RedisStore:
         """Remember *key* as big, or no longer."""
         self._big.pop(key, None)
         if value is not None and len(value) > BIG:
-            self._big[key] = None
+            self._big[key] = "bulk"
             if len(self._big) > _BIG_KEYS:
                 del self._big[next(iter(self._big))]
 
@@ -204,18 +202,24 @@ class RedisStore:
     def write_many(self, writes: Sequence[Write], /) -> asyncio.Future[list[Outcome]]:
         """See ``Store.write_many``."""
         commands: list[bytes] = []
+        asked: list[bool] = []
         again = True
         for key, frame, keep, fence in writes:
             if len(frame) > BIG or key in self._big:
                 self._size_up(key, frame)
             ms = _ms(keep)
-            if fence is None:
-                commands.append(pack((b"SET", key, frame, b"PX", ms) if ms else (b"SET", key, frame)))
-            elif fence.store == self.id:
+            asked.append(fence is None or fence.store == self.id)
+            command: tuple[bytes, ...] = (b"SET", key, frame, b"PX", ms) if ms else (b"SET", key, frame)
+            if fence is not None:
+                if fence.store != self.id:
+                    continue
                 again = False  # a second try would be refused by the first one's effect
-                commands.append(pack((b"EVAL", WRITE, b"1", key, fence.token, frame, ms)))
-        asked = [fence is None or fence.store == self.id for _, _, _, fence in writes]
-        return self._change(commands, partial(self._outcomes, asked), again=again)
+                command = (b"EVAL", WRITE, b"1", key, fence.token, frame, ms)
+            if len(frame) <= BIG:
+                commands.append(pack(command))
+            else:
+                commands += in_parts(command)
+        return self._change(commands, partial(self._outcomes, asked), count=sum(asked), again=again)
 
     def patch_many(self, patches: Sequence[Patch], /) -> asyncio.Future[list[Outcome]]:
         """See ``Store.patch_many``."""
@@ -230,6 +234,8 @@ class RedisStore:
     def _outcomes(self, asked: list[bool], replies: list[Any]) -> list[Outcome]:
         """The outcomes of replies to what was *asked*; refused, the rest, as another store's fences."""
         if len(asked) == len(replies):
+            if replies.count(b"OK") == len(replies):
+                return ["done"] * len(replies)
             return [self._outcome(reply) for reply in replies]
         rest = iter(replies)
         return [self._outcome(next(rest)) if was else "refused" for was in asked]
@@ -267,11 +273,17 @@ class RedisStore:
         return [outcome == "done" for outcome in outcomes]
 
     def _change(
-        self, commands: list[bytes], convert: Callable[[list[Any]], T], *, again: bool = False
+        self,
+        commands: list[bytes],
+        convert: Callable[[list[Any]], T],
+        *,
+        count: int | None = None,
+        again: bool = False,
     ) -> asyncio.Future[T]:
         if not commands:
             return _done(convert([]))
-        return self._wires.get().writes.send(b"".join(commands), len(commands), convert, again=again)
+        data = commands if max(map(len, commands)) > BIG else b"".join(commands)
+        return self._wires.get().writes.send(data, len(commands) if count is None else count, convert, again=again)
 
     # All keys
 
@@ -303,7 +315,8 @@ class RedisStore:
         async for keys in self._pages(prefix):
             commands = _get_ranges(keys, b"5") + pack((b"UNLINK", *keys))
             entries += await self._wires.get().admin.send(commands, len(keys) + 1, self._cleared, again=True)
-        self._big = {key: None for key in self._big if not key.startswith(prefix)}
+        for key in [key for key in self._big if key.startswith(prefix)]:
+            del self._big[key]
         return entries
 
     def _cleared(self, replies: list[Any]) -> int:
