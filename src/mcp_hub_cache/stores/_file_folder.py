@@ -17,7 +17,7 @@ Rules:
 - Locks are taken in the order root (eviction), shelf, namespace (to make its table), one of each at a time.
 - A frame's head decides when it has expired. So that sweeps, eviction and status need not open every file, its
   ``mtime`` repeats that (the last three digits of the nanoseconds are its kind), and ``atime`` is when it was last
-  used. Both are hints: nothing is deleted as expired for a hint alone.
+  used, to a second. Both are hints: nothing is deleted as expired for a hint alone.
 - Only regular files with names of this pattern are ever read, replaced or deleted; links are never followed.
 """
 

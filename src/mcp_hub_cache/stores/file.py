@@ -73,7 +73,7 @@ class _State:
 
 
 class FileStore:
-    """Frames in files, one each; least recently used dropped first.
+    """Frames in files, one each; least recently used dropped first. Uses less than a second apart count as one.
 
     Args:
         directory: Where; ours is the folder ``mcp_hub_cache`` in it. Made at first use, by 0700 if it is not there.
