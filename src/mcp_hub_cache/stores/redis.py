@@ -35,7 +35,7 @@ from . import next_store_id
 from ._redis_address import make_address
 from ._redis_commands import escape, facts_of, get_ranges, px
 from ._redis_errors import store_error
-from ._redis_feed import Connections
+from ._redis_feed import Connections, Feed
 from ._redis_scripts import BEGIN, DELETE, PATCH, RELEASE, RENEW, WRITE
 from ._redis_wire import Clock, Doubt, ReplyError, pack
 
@@ -93,7 +93,7 @@ class RedisStore:
         tls_insecure: bool = False,
         timeout: float = 0.5,
         max_connections: int = 50,
-        prefix: bytes | str = b"mcp_hub:",
+        prefix: str | bytes = "mcp_hub:",
     ) -> None:
         if not (timeout > 0 and math.isfinite(timeout)):
             raise ValueError(f"timeout must be a number of seconds, more than 0, not {timeout!r}")
@@ -221,8 +221,7 @@ class RedisStore:
                 again = False  # a second try would be refused by the first one's effect
                 commands.append(pack((b"EVAL", WRITE, b"1", key, fence.token, frame, ms)))
         asked = [fence is None or fence.store == self.id for _, _, _, fence in writes]
-        keys = [write.key for write in writes]
-        return self._change(keys, commands, partial(self._outcomes, asked), again=again, writes=True)
+        return self._change([write.key for write in writes], commands, partial(self._outcomes, asked), again=again)
 
     def patch_many(self, patches: Sequence[Patch], /) -> asyncio.Future[list[Outcome]]:
         """See ``Store.patch_many``."""
@@ -232,7 +231,7 @@ class RedisStore:
             for key, fence, head, keep in patches
             if fence.store == self.id
         ]
-        return self._change([patch.key for patch in patches], commands, partial(self._outcomes, asked), writes=True)
+        return self._change([patch.key for patch in patches], commands, partial(self._outcomes, asked))
 
     def _outcomes(self, asked: list[bool], replies: list[Any]) -> list[Outcome]:
         """The outcomes of replies to what was *asked*; refused, the rest, as another store's fences."""
@@ -257,8 +256,9 @@ class RedisStore:
         """See ``Leases.renew_many``."""
         asked, ms = [one.fence.store == self.id for one in held], px(hold)
         commands = [pack((b"EVAL", RENEW, b"1", key, fence.token, ms)) for key, fence in held if fence.store == self.id]
-        keys = [one.key for one in held]
-        return self._change(keys, commands, lambda replies: self._raised(self._outcomes(asked, replies)))
+        return self._change(
+            [one.key for one in held], commands, lambda replies: self._raised(self._outcomes(asked, replies))
+        )
 
     def release_many(self, held: Sequence[Held], /) -> asyncio.Future[None]:
         """See ``Leases.release_many``."""
@@ -276,20 +276,14 @@ class RedisStore:
         return [outcome == "done" for outcome in outcomes]
 
     def _change(
-        self,
-        keys: Sequence[bytes],
-        commands: list[bytes],
-        convert: Callable[[list[Any]], T],
-        *,
-        again: bool = False,
-        writes: bool = False,
+        self, keys: Sequence[bytes], commands: list[bytes], convert: Callable[[list[Any]], T], *, again: bool = False
     ) -> asyncio.Future[T]:
         if not commands:
             return _done(convert([]))
         wires = self._wires.get()
         answer = wires.writes.send(b"".join(commands), len(commands), convert, again=again)
         if wires.feed is not None:
-            wires.feed.own(keys, answer, writes=writes)
+            wires.feed.own(keys, answer)
         return answer
 
     # All keys
@@ -358,10 +352,10 @@ class RedisStore:
 
     def slot(self, key: bytes, /) -> Slot | None:
         """See ``Coherent.slot``. None for keys that are not under the prefix, and while the feed is not there."""
-        connections = self._wires.peek()
-        if connections is None or connections.feed is None or not key.startswith(self._prefix):
+        feed = self._feed()
+        if feed is None or not key.startswith(self._prefix):
             return None
-        changes = connections.feed.changes()
+        changes = feed.changes()
         return None if changes is None else Slot(changes, hash(key) % SLOTS)
 
     def stamp(self, key: bytes, /) -> int | None:
@@ -371,15 +365,18 @@ class RedisStore:
 
     async def changed(self, key: bytes, stamp: int, /) -> None:
         """See ``Coherent.changed``. Wakes also where the feed is lost."""
-        slot, connections = self.slot(key), self._wires.peek()
-        if slot is not None and slot.stamp() == stamp and connections is not None and connections.feed is not None:
-            await connections.feed.changed(slot.at)
+        slot, feed = self.slot(key), self._feed()
+        if slot is not None and slot.stamp() == stamp and feed is not None:
+            await feed.changed(slot.at)
 
     def distrust(self) -> None:
         """See ``Coherent.distrust``."""
-        connections = self._wires.peek()
-        if connections is not None and connections.feed is not None:
-            connections.feed.distrust()
+        if (feed := self._feed()) is not None:
+            feed.distrust()
+
+    def _feed(self) -> Feed | None:
+        wires = self._wires.peek()
+        return None if wires is None else wires.feed
 
     # Replies
 
