@@ -51,9 +51,10 @@ class Changes:
         self.until = -math.inf
 
     def anew(self) -> Changes:
-        """Void this table and return a trusted one over the same counters."""
+        """Void this table and return another over the same counters, trusted as long as this one was."""
+        until = self.until
         self.void()
-        return Changes(self.words, self.clock)
+        return Changes(self.words, self.clock, until=until)
 
 
 class Slot(NamedTuple):

@@ -172,7 +172,8 @@ class Engine:
             value = near.share(classes) if share else near.read(classes)
             if value is not NOT_SHARED:
                 return Hit(value, near.head, "l1", near)
-        session.l1.drop(key)
+        if near.is_over():
+            session.l1.drop(key)
         return None
 
     def _expect(self, key: bytes) -> Near | None:

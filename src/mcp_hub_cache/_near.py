@@ -68,6 +68,11 @@ class Near(Node):
         changes = self.changes
         return changes.words[self.at] == self.word and (now := changes.clock()) < self.until and now < changes.until
 
+    def is_over(self) -> bool:
+        """Whether it will never hold again: what is merely not trusted now, may be again."""
+        changes = self.changes
+        return changes.words[self.at] != self.word or changes.clock() >= self.until or changes.until == -math.inf
+
     def read(self, classes: ClassSet) -> Any:
         """The value, for one reader; ``NOT_SHARED``: it was stored for other classes."""
         if self._payload is None:

@@ -5,9 +5,9 @@ to be in it by then. That is one hop there and one back, and nothing else: an ex
 for each batch cost as much as the 30 reads of a batch.
 
 One thread serves while jobs come back quickly. Each system call gives the interpreter's lock away, so threads that
-work side by side on what is in the page cache hand it to each other at every step: three took twice as long for the
-same reads as one. Only where nothing has come back for a moment does the next thread start, since then the disk is
-what is waited for; and it ends when it has had nothing to do for a while.
+work side by side on what is in the page cache hand it to each other at every step, and are no quicker than one. Only
+where nothing has come back for a moment does the next thread start, since then the disk is what is waited for; and it
+ends when it has had nothing to do for a while.
 
 Rules:
 - A job that has been taken in is carried out to its end, whether or not its caller is still there.
@@ -32,6 +32,7 @@ from concurrent import futures
 from queue import Empty, SimpleQueue
 from typing import Any, Final, TypeVar
 
+from .._answer import Answer
 from .._exceptions import StoreTimeoutError
 
 T = TypeVar("T")
@@ -191,7 +192,7 @@ class Threads:
             *args: See *work*.
             then: Called on the loop with the future and the result; true where it takes care of the future itself.
         """
-        future: asyncio.Future[T] = self._loop.create_future()
+        future: asyncio.Future[T] = Answer(loop=self._loop)
         pending = self._returns.pending
         pending[future] = then
         self._crew.put(self._tell, future, work, args)

@@ -114,33 +114,31 @@ class Feed:
             if waiters and at in waiters:
                 _release(waiters.pop(at))
 
-    def own(self, keys: Sequence[bytes], answer: asyncio.Future[Any], *, writes: bool = False) -> None:
+    def own(self, keys: Sequence[bytes], answer: asyncio.Future[Any]) -> None:
         """This store has just sent a change of *keys*.
 
         Args:
             keys: Under the prefix or not.
             answer: Its future, however it ends. Where its caller leaves early, the server's echo moves the counters.
-            writes: Whether its result is a list of outcomes.
         """
         if self._words:
             self.moved(keys)
-            answer.add_done_callback(partial(self._answered, keys, self._news if writes else None))
+            answer.add_done_callback(partial(self._answered, keys, self._news))
 
     def _answered(self, keys: Sequence[bytes], news: News | None, answer: asyncio.Future[Any]) -> None:
         self.moved(keys)
         # What was written while this connection listened, it must have told.
-        if news is not None and news is self._news and not self._told and not answer.cancelled():
-            done = [] if answer.exception() is not None else answer.result()
-            self._owed |= any(
-                outcome == "done" and key.startswith(self._prefix) for key, outcome in zip(keys, done, strict=False)
+        if not self._told and news is self._news is not None and not answer.cancelled() and not answer.exception():
+            done = answer.result()
+            self._owed |= isinstance(done, list) and any(
+                isinstance(outcome, str) and outcome == "done" and key.startswith(self._prefix)
+                for key, outcome in zip(keys, done, strict=False)
             )
 
     def distrust(self) -> None:
         """Void every stamp given so far."""
         if self._changes is not None:
-            until = self._changes.until
             self._changes = self._changes.anew()
-            self._changes.until = until
         self._wake_all()
 
     async def changed(self, at: int) -> None:

@@ -35,7 +35,7 @@ from . import next_store_id
 from ._redis_address import make_address
 from ._redis_commands import escape, facts_of, get_ranges, px
 from ._redis_errors import store_error
-from ._redis_feed import Connections
+from ._redis_feed import Connections, Feed
 from ._redis_outlet import BIG, in_parts
 from ._redis_scripts import BEGIN, DELETE, PATCH, RELEASE, RENEW, WRITE
 from ._redis_wire import Clock, Doubt, ReplyError, pack
@@ -96,7 +96,7 @@ class RedisStore:
         tls_insecure: bool = False,
         timeout: float = 0.5,
         max_connections: int = 50,
-        prefix: bytes | str = b"mcp_hub:",
+        prefix: str | bytes = "mcp_hub:",
     ) -> None:
         if not (timeout > 0 and math.isfinite(timeout)):
             raise ValueError(f"timeout must be a number of seconds, more than 0, not {timeout!r}")
@@ -226,7 +226,7 @@ class RedisStore:
             else:
                 commands += in_parts(command)
         keys = [write.key for write in writes]
-        return self._change(keys, commands, partial(self._outcomes, asked), count=sum(asked), again=again, writes=True)
+        return self._change(keys, commands, partial(self._outcomes, asked), count=sum(asked), again=again)
 
     def patch_many(self, patches: Sequence[Patch], /) -> asyncio.Future[list[Outcome]]:
         """See ``Store.patch_many``."""
@@ -236,7 +236,7 @@ class RedisStore:
             for key, fence, head, keep in patches
             if fence.store == self.id
         ]
-        return self._change([patch.key for patch in patches], commands, partial(self._outcomes, asked), writes=True)
+        return self._change([patch.key for patch in patches], commands, partial(self._outcomes, asked))
 
     def _outcomes(self, asked: list[bool], replies: list[Any]) -> list[Outcome]:
         """The outcomes of replies to what was *asked*; refused, the rest, as another store's fences."""
@@ -263,8 +263,9 @@ class RedisStore:
         """See ``Leases.renew_many``."""
         asked, ms = [one.fence.store == self.id for one in held], px(hold)
         commands = [pack((b"EVAL", RENEW, b"1", key, fence.token, ms)) for key, fence in held if fence.store == self.id]
-        keys = [one.key for one in held]
-        return self._change(keys, commands, lambda replies: self._raised(self._outcomes(asked, replies)))
+        return self._change(
+            [one.key for one in held], commands, lambda replies: self._raised(self._outcomes(asked, replies))
+        )
 
     def release_many(self, held: Sequence[Held], /) -> asyncio.Future[None]:
         """See ``Leases.release_many``."""
@@ -289,7 +290,6 @@ class RedisStore:
         *,
         count: int = 0,
         again: bool = False,
-        writes: bool = False,
     ) -> asyncio.Future[T]:
         if not commands:
             return _done(convert([]))
@@ -297,7 +297,7 @@ class RedisStore:
         data = commands if max(map(len, commands)) > BIG else b"".join(commands)
         answer = wires.writes.send(data, count or len(commands), convert, again=again)
         if wires.feed is not None:
-            wires.feed.own(keys, answer, writes=writes)
+            wires.feed.own(keys, answer)
         return answer
 
     # All keys
@@ -367,10 +367,10 @@ class RedisStore:
 
     def slot(self, key: bytes, /) -> Slot | None:
         """See ``Coherent.slot``. None for keys that are not under the prefix, and while the feed is not there."""
-        connections = self._wires.peek()
-        if connections is None or connections.feed is None or not key.startswith(self._prefix):
+        feed = self._feed()
+        if feed is None or not key.startswith(self._prefix):
             return None
-        changes = connections.feed.changes()
+        changes = feed.changes()
         return None if changes is None else Slot(changes, hash(key) % SLOTS)
 
     def stamp(self, key: bytes, /) -> int | None:
@@ -380,15 +380,18 @@ class RedisStore:
 
     async def changed(self, key: bytes, stamp: int, /) -> None:
         """See ``Coherent.changed``. Wakes also where the feed is lost."""
-        slot, connections = self.slot(key), self._wires.peek()
-        if slot is not None and slot.stamp() == stamp and connections is not None and connections.feed is not None:
-            await connections.feed.changed(slot.at)
+        slot, feed = self.slot(key), self._feed()
+        if slot is not None and slot.stamp() == stamp and feed is not None:
+            await feed.changed(slot.at)
 
     def distrust(self) -> None:
         """See ``Coherent.distrust``."""
-        connections = self._wires.peek()
-        if connections is not None and connections.feed is not None:
-            connections.feed.distrust()
+        if (feed := self._feed()) is not None:
+            feed.distrust()
+
+    def _feed(self) -> Feed | None:
+        wires = self._wires.peek()
+        return None if wires is None else wires.feed
 
     # Replies
 
