@@ -20,7 +20,7 @@ from ._keys import KeySpace
 from ._l1 import NOT_SHARED
 from ._load import Loads, Plan
 from ._policy import seconds
-from ._protocols import Evicting, Observer, Store, StoreState, Switching
+from ._protocols import Evicting, Observer, Store, StoreState
 from ._shortcut import Shortcut
 from ._stats import Counters
 from ._upkeep import Upkeep
@@ -91,8 +91,6 @@ class Cache(AsyncCache):
         self._upkeep = Upkeep(self._engine, self._writes)
         if isinstance(store, Evicting):
             store.on_evict = self._counters.eviction
-        if isinstance(store, Switching):
-            store.on_state = self._counters.state
 
     def __repr__(self) -> str:
         """What it is, without anything secret."""
@@ -166,8 +164,8 @@ class Cache(AsyncCache):
 
     async def get_many(self, keys: Iterable[str], *, as_type: object = Any) -> dict[str, Any]:
         names = {self._key(key): key for key in _several(keys)}
-        hits = await self._engine.read_many(list(names), _classes(as_type))
-        return {name: hits[key].value for key, name in names.items() if key in hits}
+        values = await self._engine.read_many(list(names), _classes(as_type))
+        return {name: values[key] for key, name in names.items() if key in values}
 
     async def get_entry(self, key: str, *, as_type: object = Any) -> Entry[Any] | None:
         engine = self._engine
