@@ -6,19 +6,19 @@ About eight minutes; ``--quick`` only proves that everything works, and says not
 from __future__ import annotations
 
 import argparse
-import asyncio
 import signal
 import sys
 import time
 from pathlib import Path
 
-from . import growth, report, rows_big, rows_files, rows_import, rows_load, rows_near, rows_redis, rows_uvloop
+from . import report
 from .bench import Bench
 from .measure import Method
+from .sections import measure
 from .servers import valkey
 
 _DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
-_SECTIONS = (rows_redis, rows_big, rows_near, rows_load, rows_files, rows_import, rows_uvloop)
+_SECTIONS = ("rows_redis", "rows_big", "rows_near", "rows_load", "rows_files", "rows_import", "rows_uvloop")
 
 
 def _arguments() -> argparse.Namespace:
@@ -35,24 +35,18 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-async def _run(bench: Bench, arguments: argparse.Namespace) -> None:
-    if arguments.growth:
-        await growth.run(bench, round(arguments.keys))
-        return
-    for section in _SECTIONS:
-        await section.run(bench)
-
-
 def main() -> None:
     """Run what the arguments ask for."""
     arguments = _arguments()
     method = Method(pairs=1, slice=0.0, quick=True) if arguments.quick else Method()
     out = _DOCS if arguments.publish else arguments.out
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("benchmarks: terminated"))  # the server ends with us, however
+    # However we end, the server and the section that runs end with us.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("benchmarks: terminated"))
     started = time.monotonic()
     with valkey() as address:
         bench = Bench(method, address, arguments.only)
-        asyncio.run(_run(bench, arguments))
+        for module in ("growth",) if arguments.growth else _SECTIONS:
+            measure(module, bench, round(arguments.keys) if arguments.growth else 0)
     report.write(bench, out, seconds=time.monotonic() - started, growth=arguments.growth, publish=arguments.publish)
 
 

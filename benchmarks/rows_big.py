@@ -8,6 +8,7 @@ for as long as it takes, and no client can help that but by not asking for it.
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import statistics
 import time
@@ -133,6 +134,7 @@ async def _stalls(bench: Bench, ours: Ours, kind: str, value: Any) -> None:
             raise WrongValueError(f"big {kind}")
         del found
         stalls.append(stall)
+        gc.collect()  # as the heartbeat does
         started, computed = time.perf_counter(), time.thread_time()
         found = orjson.loads(data)
         loads.append((time.perf_counter() - started, time.thread_time() - computed))
