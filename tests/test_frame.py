@@ -24,6 +24,7 @@ from mcp_hub_cache._frame import (
     patch_head,
     peek,
     placeholder,
+    sums,
     unpack,
     unpack_head,
 )
@@ -190,3 +191,12 @@ def test_key_of_needs_the_whole_key() -> None:
     with pytest.raises(FrameError):
         key_of(data[: HEAD_SIZE + 3])
     assert key_of(placeholder(KEY, b"12345678", 1.0, 2.0)) == KEY
+
+
+@pytest.mark.parametrize("step", [1, 7, 64, 4096])
+def test_a_checksum_had_in_steps_is_the_same(step: int) -> None:
+    data = entry(payload=bytes(range(256)) * 3)
+    *_, summed = sums(data, step)
+    assert unpack(data, KEY, summed) == unpack(data, KEY)
+    with pytest.raises(FrameError, match="corrupt"):
+        unpack(data, KEY, summed ^ 1)

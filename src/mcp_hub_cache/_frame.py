@@ -34,6 +34,7 @@ Rules:
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from enum import IntEnum
 from typing import Final, NamedTuple
 from zlib import crc32
@@ -177,8 +178,21 @@ def unpack_head(data: bytes | memoryview) -> Head:
     return head
 
 
-def unpack(data: bytes, key: bytes) -> Frame:
+def sums(data: bytes, step: int) -> Iterator[int]:
+    """Yield the checksum of what stands behind the head of *data*, *step* bytes further each time: the last is all."""
+    view, total = memoryview(data), 0
+    for start in range(HEAD_SIZE, len(data), step):
+        total = crc32(view[start : start + step], total)
+        yield total
+
+
+def unpack(data: bytes, key: bytes, summed: int | None = None) -> Frame:
     """Return the verified frame that *data* holds for *key*.
+
+    Args:
+        data: Bytes of any origin.
+        key: Whose frame it must be.
+        summed: The last of ``sums``, where that was had in steps.
 
     Raises:
         FrameError: Anything else than an intact frame of exactly this key.
@@ -200,7 +214,7 @@ def unpack(data: bytes, key: bytes) -> Frame:
     if len(data) != payload_at + payload_length:
         raise FrameError("truncated")
     view = memoryview(data)
-    if crc32(view[HEAD_SIZE:]) != body_crc:
+    if (crc32(view[HEAD_SIZE:]) if summed is None else summed) != body_crc:
         raise FrameError("corrupt")
     if data[HEAD_SIZE:start] != key:
         raise FrameError("wrong-key")
