@@ -48,7 +48,7 @@ class Near(Node):
         self.cost = 0.0
         self.value: Any = NOT_SHARED
         self.shared: Any = NOT_SHARED
-        self._payload: memoryview | None = None
+        self._payload: bytes | memoryview | None = None
         self._shared_for: ClassSet | None = None
 
     def fill(self, frame: Frame, value: Any, seconds_fresh: float) -> None:

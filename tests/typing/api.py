@@ -50,7 +50,7 @@ async def bare(query: str, limit: int = 10, *, exact: bool = False) -> list[Item
     return []
 
 
-@acached(ttl="10m", key="search:{query}", ignore=["limit"], version=2, cache_if=bool, namespace="tools")
+@acached(ttl="10m", key="search:{query}", ignore=["limit"], version=2, cache_if=bool, namespace="tools", share=True)
 async def optioned(query: str, limit: int = 10, *, exact: bool = False) -> list[Item]:
     return []
 
@@ -330,7 +330,8 @@ async def loading(cache: AsyncCache) -> None:
         return Item("x")
 
     assert_type(await cache.get_or_load("k", load), Item)
-    assert_type(await cache.get_or_load("k", load, ttl=5, as_type=Item, cache_if=lambda item: item.name != ""), Item)
+    kept = await cache.get_or_load("k", load, ttl=5, as_type=Item, cache_if=lambda item: item.name != "", share=True)
+    assert_type(kept, Item)
     await cache.get_or_load("k", plain)  # type: ignore[arg-type]
     await cache.get_or_load("k", load())  # type: ignore[arg-type, unused-coroutine, unused-ignore]
 
