@@ -1430,3 +1430,22 @@ async def test_a_clear_whose_caller_left_clears_nothing_that_is_stored_next(cach
         await cache.set("after", 1)
         assert await cache.get("after") == 1
         assert await cache.add(f"added{steps}", 1)
+
+
+async def test_a_large_value_is_checked_in_steps() -> None:
+    value, turns_had = bytes(range(256)) * 12_000, 0
+
+    async def have_turns() -> None:
+        nonlocal turns_had
+        while True:
+            await asyncio.sleep(0)
+            turns_had += 1
+
+    async with MemoryCache(l1_max_entries=0) as cache:
+        await cache.set("k", value)
+        other = asyncio.create_task(have_turns())
+        await turns()
+        before = turns_had
+        assert await cache.get("k") == value
+        assert turns_had - before >= len(value) // (512 * 1024)
+        other.cancel()

@@ -18,6 +18,7 @@ from mcp_hub_cache._frame import (
     FrameError,
     Kind,
     Mark,
+    claim,
     is_live,
     key_of,
     pack,
@@ -200,3 +201,14 @@ def test_a_checksum_had_in_steps_is_the_same(step: int) -> None:
     assert unpack(data, KEY, summed) == unpack(data, KEY)
     with pytest.raises(FrameError, match="corrupt"):
         unpack(data, KEY, summed ^ 1)
+
+
+def test_a_claim_is_what_the_head_says() -> None:
+    data = entry(kind=Kind.MARK, marks=(Mark(b"t" * 16, b"m" * 8),))
+    said = claim(data)
+    assert said is not None
+    assert (said.kind, said.keep_until, said.size) == (Kind.MARK, 3.0, len(data))
+    assert claim(data[:HEAD_SIZE]) == said
+    assert claim(data[: HEAD_SIZE - 1]) is None
+    assert claim(b"\0" + data[1:]) is None
+    assert claim(data[:4] + b"\x02" + data[5:]) is None

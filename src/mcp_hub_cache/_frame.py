@@ -26,7 +26,8 @@ Rules:
 - The body's checksum leaves the head out, so that ``touch`` and "not modified" rewrite 64 bytes alone.
 - The full key stands in the frame: bytes that are read under another key than their own are a miss, whatever
   driver, proxy or other writer mixed them up.
-- Stores rely on three facts only, exported here: ``HEAD_SIZE``, ``TOKEN`` and ``peek``.
+- Stores rely on four facts only, exported here: ``HEAD_SIZE``, ``TOKEN``, ``peek``, and ``claim`` where nothing need be
+  verified.
 - Whatever does not parse raises ``FrameError``; the engine makes that a miss. A version is never changed: a new one is
   added, and golden frames of every version stay in the tests.
 """
@@ -52,6 +53,7 @@ _START: Final = MAGIC + bytes([VERSION])
 _FIELDS: Final = "BBB8sdddfHHIII"  # kind and what follows, to the body's crc; the crc of these 60 bytes comes behind
 _HEAD: Final = struct.Struct("<5s" + _FIELDS)
 _CRC: Final = struct.Struct("<I")
+_CLAIM: Final = struct.Struct("<5sB26xd4xHHI")  # of the same: kind, keep_until, and what tells the size
 _unpack_fields: Final = struct.Struct("<5x" + _FIELDS).unpack_from
 _make: Final = tuple.__new__  # a NamedTuple's own constructor is Python: 0.4 µs instead of 0.2
 _MARK_SIZE: Final = 24
@@ -104,6 +106,14 @@ class Mark(NamedTuple):
 
     tag: bytes
     mark: bytes
+
+
+class Claim(NamedTuple):
+    """What a head says, unverified. ``size``: of the whole frame."""
+
+    kind: int
+    keep_until: float
+    size: int
 
 
 class Frame(NamedTuple):
@@ -261,6 +271,20 @@ def peek(data: bytes) -> Head | None:
         return unpack_head(data)
     except FrameError:
         return None
+
+
+def claim(data: bytes) -> Claim | None:
+    """Return what *data* says of itself, None where it begins with no head of this version.
+
+    For stores, which hand on what does not parse as it is: a third of the cost of ``peek``.
+    """
+    if len(data) < HEAD_SIZE:
+        return None
+    start, kind, keep_until, key_length, mark_count, payload_length = _CLAIM.unpack_from(data)
+    if start != _START:
+        return None
+    size = HEAD_SIZE + key_length + mark_count * _MARK_SIZE + payload_length
+    return _make(Claim, (kind, keep_until, size))
 
 
 def is_live(head: Head | None, now: float) -> bool:

@@ -13,7 +13,6 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from struct import Struct
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
@@ -25,7 +24,7 @@ from .._exceptions import (
     StorePermissionError,
     StoreReadOnlyError,
 )
-from .._frame import HEAD_SIZE, MAX_KEY_BYTES, MAX_MARKS, FrameError, Kind, peek, unpack_head
+from .._frame import HEAD_SIZE, MAX_KEY_BYTES, MAX_MARKS, FrameError, Kind, claim, peek, unpack_head
 from ._file_counters import Table
 
 # For all locks of one job; below the engine's own deadline, so that an outcome names the cause.
@@ -40,10 +39,6 @@ _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLO
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _AT_ONCE: Final = fcntl.LOCK_EX | fcntl.LOCK_NB
 _LARGE: Final = 1 << 20
-# Where the head of version 1 says until when its frame is kept (``_frame``): read here without verifying its checksum,
-# which takes three times as long and only matters to who returns the frame, the engine.
-VERSION_1: Final = b"\x89MHC\x01"
-KEEP_UNTIL: Final = Struct("<32xd")
 _LONGEST_FRONT: Final = HEAD_SIZE + MAX_KEY_BYTES + 24 * MAX_MARKS
 _FAR: Final = 1 << 33  # the year 2242: "for ever", and within what file systems can say
 _DAMAGED_FOR: Final = 86_400.0  # seconds that a file of ours which can't be read is kept for people to look at
@@ -177,9 +172,8 @@ def hint(keep_until: float, kind: int) -> int:
 
 def hint_of(frame: bytes) -> int:
     """The ``mtime`` in nanoseconds of a file that holds *frame*: as its head says, which is not verified here."""
-    if len(frame) < HEAD_SIZE or frame[:5] != VERSION_1:
-        return _FAR * 1_000_000_000
-    return hint(KEEP_UNTIL.unpack_from(frame)[0], frame[5])
+    said = claim(frame)
+    return _FAR * 1_000_000_000 if said is None else hint(said.keep_until, said.kind)
 
 
 class Seen(NamedTuple):
