@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import sys
 import threading
 import typing
 from contextvars import ContextVar
@@ -478,6 +479,38 @@ async def test_a_thousand_waiters_by_name_share_one_load(cache: Cache) -> None:
     assert sum(isinstance(result, asyncio.CancelledError) for result in results) == 334
     assert find.stats().coalesced == 666
     assert (cache.stats.misses, find.stats().misses) == (1000, 1000)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with 3.12")
+async def test_under_eager_tasks_a_load_may_be_over_before_anybody_waits(cache: Cache) -> None:
+    loop, source = asyncio.get_running_loop(), Source()
+    loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined, unused-ignore]  # not on 3.11
+
+    @acached(cache=cache)
+    async def at_once(n: int) -> str:
+        return source(n)
+
+    @acached(cache=cache)
+    async def later(n: int) -> str:
+        await asyncio.sleep(0)
+        return source(n)
+
+    @acached(cache=cache)
+    async def failing(n: int) -> str:
+        raise KeyError(n)
+
+    try:
+        for find in (at_once, later):
+            async with asyncio.timeout(20):
+                assert len({await find(1), *(await asyncio.gather(*(find(1) for _ in range(9))))}) == 1
+                assert await find.refresh(1) == await find(1)
+                await find.invalidate(1)
+                assert await find(1) == await find(1)
+        with pytest.raises(KeyError):
+            await failing(1)
+    finally:
+        loop.set_task_factory(None)
+    assert source.calls == 6
 
 
 async def test_after_a_delete_nobody_joins_the_old_load(cache: Cache) -> None:

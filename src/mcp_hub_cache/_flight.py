@@ -81,8 +81,9 @@ class Flight:
 
     def alias(self, table: dict[Any, Flight], name: Hashable) -> None:
         """Let *table* lead from *name* to this flight as long as it can be joined."""
-        table[name] = self
-        self.aliases = [*(self.aliases or ()), (table, name)]
+        if not (self.landed or self.detached):
+            table[name] = self
+            self.aliases = [*(self.aliases or ()), (table, name)]
 
     def drop_aliases(self) -> None:
         """Let no table lead here any more."""
@@ -172,6 +173,14 @@ class Flights:
         Cancellation:
             Only this caller leaves. If it was the last one, the work is cancelled.
         """
+        if not flight.landed:  # an eager task factory may have flown it already
+            await self._landing(flight)
+        if flight.error is not None:
+            # The trace as it was at landing: each waiter that raises the shared error would else lengthen it for all.
+            raise flight.error.with_traceback(flight.trace)
+        return flight.result
+
+    async def _landing(self, flight: Flight) -> None:
         caller = _caller()
         if caller is not None:
             if flight.task is not None and (route := flight.route_to(caller)) is not None:
@@ -194,10 +203,6 @@ class Flights:
                 caller.waits_for[flight] -= 1
                 if not caller.waits_for[flight]:
                     del caller.waits_for[flight]
-        if flight.error is not None:
-            # The trace as it was at landing: each waiter that raises the shared error would else lengthen it for all.
-            raise flight.error.with_traceback(flight.trace)
-        return flight.result
 
     def _refuse_descent(self, key: bytes, caller: Flight | None) -> None:
         """Refuse a load inside one of the same key, detached or not: its loader would ask again, without end."""
