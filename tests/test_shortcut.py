@@ -160,6 +160,18 @@ async def test_what_a_function_counted_outlives_it(cache: Cache) -> None:
     assert len(cache._counters._taps) == 1  # the cache's own
 
 
+async def test_what_a_view_counted_outlives_it(cache: Cache) -> None:
+    for _ in range(3):
+        view = cache.with_namespace("tenant")
+        await view.set("k", 1)
+        for _ in range(5):
+            assert await view.get("k") == 1
+        del view
+        gc.collect()
+    assert cache.stats.hits == 15
+    assert len(cache._counters._taps) == 1
+
+
 async def test_an_observer_hears_every_hit(store: MemoryStore) -> None:
     observer = Counters()
     async with Cache(store, observer=observer) as cache:

@@ -6,6 +6,7 @@ Docstrings stand once, on the protocol ``AsyncCache``, and are inherited.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Hashable, Iterable, Mapping
 from contextlib import aclosing
 from types import TracebackType
@@ -300,6 +301,8 @@ class Cache(AsyncCache):
         view._names = Shortcut()
         view._find = view._names.table.get
         view.adopt(view._names)
+        # Views come and go, one for each tenant of a moment perhaps; what they have counted is kept.
+        weakref.finalize(view, self._counters.leave, view._names).atexit = False
         return view
 
     async def health_check(self) -> bool:
