@@ -103,6 +103,13 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Links lead somewhere, examples run and print what their reader is told, figures are those of a run."""
+    _install(session, "test", extras="[cli,demo]")
+    session.run("pytest", "tests/test_docs.py", "tests/test_examples.py", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Ratios to the peers, as a table, JSON and pictures. ``-- --quick``, ``-- --growth`` and more: ``-- --help``."""
     _install(session, "bench", extras="[fast]")
