@@ -151,8 +151,10 @@ class Cache(AsyncCache):
                     value = near.read(_classes(as_type))
                 if value is not NOT_SHARED:
                     near.visited = True
-                    self._names.hits += 1
-                    self._names.saved += near.cost
+                    names = self._names
+                    names.hits += 1
+                    if near.cost:
+                        names.saved += near.cost
                     return value
         engine = self._engine
         hit, _ = await engine.look_up(engine.session(), self._key(key), _classes(as_type))
