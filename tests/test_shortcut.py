@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mcp_hub_cache import Cache, MemoryCache, acached
+from mcp_hub_cache import Cache, MemoryCache, UncacheableError, acached
 from mcp_hub_cache._engine import Engine
 from mcp_hub_cache._shortcut import CURRENT
 from mcp_hub_cache._stats import Counters
@@ -23,6 +23,10 @@ from mcp_hub_cache.testing import FakeClock
 from tests.backends import turns
 
 TENANT: ContextVar[Any] = ContextVar("tenant")
+
+
+async def bare(value: object) -> int:
+    return 1
 
 
 class Source:
@@ -569,6 +573,26 @@ async def test_the_wrapper_is_like_the_function(cache: Cache) -> None:
     for wrong in (find, lambda: find(1), lambda: find(1, d=b"", f=1), lambda: find(a=1, d=b"")):  # type: ignore[call-arg]
         with pytest.raises(TypeError, match=r"find\(\)"):
             await wrong()
+
+
+async def test_a_module_may_call_its_own_things_by_any_name(cache: Cache) -> None:
+    names: dict[str, Any] = {"acached": acached, "cache": cache, "Exception": 3, "type": 4}
+    exec("@acached(cache=cache)\nasync def find(a):\n    return str(a)", names)
+    for _ in range(4):
+        assert await names["find"]([1]) == "[1]"  # what can't be looked up by name
+        assert await names["find"](1) == "1"
+
+
+async def test_a_call_without_a_key_asks_for_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CACHE_BACKEND", "nonsense")
+
+    @acached(scope=TENANT)
+    async def find(n: int) -> int:
+        return n
+
+    assert await find(1) == 1  # its scope is not set
+    with pytest.raises(UncacheableError):
+        await acached(bare)(object())
 
 
 async def test_parameters_may_have_any_name(cache: Cache) -> None:

@@ -223,22 +223,22 @@ class Calls:
 
     async def _call_by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The full path, by which shortcuts are found."""
-        await self.cache()
-        if (plans := self._plans) is None:
-            return await self.call(args, kwargs)
-        values = self._bind(*args, **kwargs)
+        bound = self._bind(*args, **kwargs)
         scope = self.options.scope
-        name = name_of((scope.get(_UNSET), *values) if isinstance(scope, ContextVar) else values)
-        if name is not None and (flight := self._shortcut.flights.get(name)) is not None:
-            joined = plans.cache.join(flight, plans.load)
-            if joined is not None:
-                return await joined
-        return await self.call(args, kwargs, name=name)
+        name = name_of((scope.get(_UNSET), *bound) if isinstance(scope, ContextVar) else bound)
+        if name is not None:
+            await self.cache()  # flights of another one are forgotten by this
+            flight = self._shortcut.flights.get(name)
+            if flight is not None and self._plans is not None:
+                joined = self._plans.cache.join(flight, self._plans.load)
+                if joined is not None:
+                    return await joined
+        return await self.call(args, kwargs, bound=bound, name=name)
 
     # Keys
 
-    def key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """Return the key of a call.
+    def key(self, args: tuple[Any, ...], kwargs: dict[str, Any], bound: tuple[Any, ...] | None = None) -> str:
+        """Return the key of a call. *bound*: the arguments, where they are bound already.
 
         Raises:
             _Uncached: The scope variable is not set.
@@ -246,7 +246,8 @@ class Calls:
         """
         scope = self._scope(args, kwargs)
         if self.options.key is None:
-            return self._name((*self._bind(*args, **kwargs), scope, self._own(args)))
+            values = self._bind(*args, **kwargs) if bound is None else bound
+            return self._name((*values, scope, self._own(args)))
         text = self._template(*args, **kwargs) if self._template is not None else self._by_function(args, kwargs)
         extra = (scope, self._version.decode("latin-1"), self._own(args))
         return f"{text}:{digest(*(part.encode() for part in extra))}" if any(extra) else text
@@ -297,11 +298,17 @@ class Calls:
     # Calls
 
     async def call(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, refresh: bool = False, name: Hashable = None
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        refresh: bool = False,
+        bound: tuple[Any, ...] | None = None,
+        name: Hashable = None,
     ) -> Any:
         """The cached call. *name* stands for its arguments in the shortcut; None: nothing does."""
         try:
-            key = self.key(args, kwargs)
+            key = self.key(args, kwargs, bound)
         except _Uncached as reason:
             self._said_uncached(reason)
             return await self.func(*args, **kwargs)

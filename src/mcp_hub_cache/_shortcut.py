@@ -84,7 +84,7 @@ def name_of(values: tuple[object, ...]) -> Hashable | None:
 _HIT: Final = """
     try:
       _near = _get(({types}{values}))
-    except Exception:
+    except _Exception:
       _near = None
     if _near is not None{condition}:
       _changes = _near.changes
@@ -140,7 +140,9 @@ def generate(
         "_shortcut": shortcut,
         "_classes": classes,
         "_call": call,
+        # Of the builtins, since the function's module may have others by these names.
         "_type": type,
+        "_Exception": Exception,
     }
     names = [parameter.name for parameter in parameters if parameter.name not in ignore]
     if scope is not None:
