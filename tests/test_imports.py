@@ -34,7 +34,7 @@ LAYERS = [
     {"_async_cache", "_classes", "_placeholders", "_policy"},
     {"_direct"},
     {"_bind", "_flight", "_frame", "_l1", "_lifetime", "_lines", "_protocols", "_shapes", "_stats"},
-    {"_answer", "_answers", "_batches", "_blake", "_changes", "_exceptions", "_tokens"},
+    {"_answer", "_figures", "_batches", "_blake", "_changes", "_exceptions", "_tokens"},
 ]
 RANKS = {module: len(LAYERS) - rank for rank, layer in enumerate(LAYERS) for module in layer}
 
@@ -130,7 +130,7 @@ def newly_loaded(code: str) -> set[str]:
 # No value's type is imported before there is such a value, no digest of OpenSSL's, nothing of the cli's.
 UNUSED = {
     "ctypes", "decimal", "email", "fractions", "hashlib", "http", "importlib.metadata", "logging.config", "random",
-    "secrets", "statistics", "tempfile", "unittest", "zoneinfo", "mcp_hub_cache._answers", "mcp_hub_cache._settings",
+    "secrets", "statistics", "tempfile", "unittest", "zoneinfo", "mcp_hub_cache._figures", "mcp_hub_cache._settings",
 }  # fmt: skip
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 
 from mcp_hub_cache import FileCache, MemoryCache, RedisCache, WrongLoopError
 from mcp_hub_cache._lifetime import PerLoop
+from tests.forks import in_child
 from tests.servers import valkey_server
 
 
@@ -215,26 +214,10 @@ def test_a_cache_dropped_without_closing_is_collected_while_its_loop_runs_on() -
 # Fork
 
 
-def in_child(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+def run_in_child(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run *work* in a forked child under a new ``asyncio.run``, and fail as it fails."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 and later warn of forking with threads
-        child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            # The child of a running loop has its thread's "a loop runs" mark, which os.fork clears by itself.
-            asyncio.run(work())
-            code = 0
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0, "see the child's trace"
+    # The child of a running loop has its thread's "a loop runs" mark, which os.fork clears by itself.
+    in_child(lambda: asyncio.run(work()))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -250,7 +233,7 @@ async def test_a_forked_child_has_a_state_of_its_own() -> None:
         await states.aclose()
         assert (theirs.closed, mine.closed) == (1, 0)
 
-    in_child(child)
+    run_in_child(child)
     assert states.get() is mine
     await states.aclose()
     assert mine.closed == 1
@@ -265,7 +248,7 @@ async def test_a_forked_child_uses_the_same_folder_through_threads_of_its_own(tm
             assert await cache.get("parents") == 1
             await cache.set("childs", 2)
 
-        in_child(child)
+        run_in_child(child)
         assert await cache.get("childs") == 2
 
 
@@ -283,7 +266,7 @@ async def test_a_forked_child_has_connections_of_its_own() -> None:
 
             reads = [asyncio.create_task(cache.get(f"k{n}")) for n in range(100)]
             await asyncio.sleep(0)  # requests are on their way while it forks
-            in_child(child)
+            run_in_child(child)
             assert await asyncio.gather(*reads) == [*range(100)]
             assert await cache.get("childs") == 2
 
@@ -299,5 +282,5 @@ def test_a_child_forked_between_two_runs(tmp_path: Path) -> None:
         assert await cache.get("k") == 1
 
     asyncio.run(store())
-    in_child(read)
+    run_in_child(read)
     asyncio.run(read())

@@ -33,8 +33,8 @@ from ._exceptions import (
 from ._policy import FOREVER
 
 if TYPE_CHECKING:
-    from ._answers import CacheStatus, Entry, Stats
     from ._cache import Cache
+    from ._figures import CacheStatus, Entry, Stats
     from ._open import FileCache, MemoryCache, RedisCache, default_cache, open_cache
     from ._protocols import Observer, Store
 
@@ -69,13 +69,13 @@ __version__ = "0.1.0"
 
 _LATER = {
     "Cache": "_cache",
-    "CacheStatus": "_answers",
-    "Entry": "_answers",
+    "CacheStatus": "_figures",
+    "Entry": "_figures",
     "FileCache": "_open",
     "MemoryCache": "_open",
     "Observer": "_protocols",
     "RedisCache": "_open",
-    "Stats": "_answers",
+    "Stats": "_figures",
     "Store": "_protocols",
     "default_cache": "_open",
     "open_cache": "_open",

@@ -23,7 +23,7 @@ from ._calls import HOW_TO_IDENTIFY, Calls, Options, Scope
 from ._policy import seconds
 
 if TYPE_CHECKING:
-    from ._answers import Stats
+    from ._figures import Stats
 
 P = ParamSpec("P")
 P2 = ParamSpec("P2")

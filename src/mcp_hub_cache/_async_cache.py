@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self, TypeVar, overload, runtime_checkable
 
 if TYPE_CHECKING:
-    from ._answers import CacheStatus, Entry
+    from ._figures import CacheStatus, Entry
     from ._protocols import Observer
 
 T = TypeVar("T")

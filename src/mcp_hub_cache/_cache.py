@@ -28,7 +28,7 @@ from ._upkeep import Upkeep
 from ._writes import Writes
 
 if TYPE_CHECKING:
-    from ._answers import CacheStatus, Entry, Stats
+    from ._figures import CacheStatus, Entry, Stats
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -78,9 +78,7 @@ class Cache(AsyncCache):
         self._counters = Counters()
         # A shortcut tells no observer.
         self._has_shortcuts = observer is None
-        self._names = Shortcut()
-        self._find = self._names.table.get
-        self.adopt(self._names)
+        self._lead_names()
         self._engine = Engine(
             store,
             timeout=seconds(timeout, "timeout"),
@@ -112,6 +110,12 @@ class Cache(AsyncCache):
     def stats(self) -> Stats:
         """What was counted since the cache was made, over all its namespaces. Costs nothing."""
         return self._counters.snapshot()
+
+    def _lead_names(self) -> None:
+        """Give this cache, or this view of it, a shortcut of its own from names to entries of L1."""
+        self._names = Shortcut()
+        self._find = self._names.table.get
+        self.adopt(self._names)
 
     def adopt(self, shortcut: Shortcut) -> bool:
         """Count the hits that are had by *shortcut*; False: there are to be none, since an observer must hear all."""
@@ -177,7 +181,7 @@ class Cache(AsyncCache):
         tell_read(hit, engine.observers)
         if hit is None:
             return None
-        from ._answers import Entry  # noqa: PLC0415  # see there
+        from ._figures import Entry  # noqa: PLC0415  # see there
 
         head = hit.head
         return Entry(hit.value, head.created, head.fresh_until, head.keep_until, head.cost, hit.tier)
@@ -301,9 +305,7 @@ class Cache(AsyncCache):
     def with_namespace(self, namespace: str) -> Cache:
         view = copy.copy(self)
         view._space = KeySpace(self._space.prefix, namespace)
-        view._names = Shortcut()
-        view._find = view._names.table.get
-        view.adopt(view._names)
+        view._lead_names()
         # Views come and go, one for each tenant of a moment perhaps; what they have counted is kept.
         weakref.finalize(view, self._counters.leave, view._names).atexit = False
         return view
@@ -312,7 +314,7 @@ class Cache(AsyncCache):
         return (await self._upkeep.ping()).state == "healthy"
 
     async def status(self) -> CacheStatus:
-        from ._answers import CacheStatus  # noqa: PLC0415  # see there
+        from ._figures import CacheStatus  # noqa: PLC0415  # see there
 
         state: StoreState = await self._upkeep.ping()
         facts = await self._upkeep.facts()

@@ -207,21 +207,19 @@ class Engine:
         values: dict[bytes, Any] = {}
         for start in range(0, len(keys), CHUNK):
             await self._read_chunk(session, keys[start : start + CHUNK], classes, values)
-        for observer in self.observers:
-            for _ in range(len(keys) - len(values)):
-                observer.miss()
+        for _ in range(len(keys) - len(values)):
+            tell_read(None, self.observers)
         return values
 
     async def _read_chunk(
         self, session: Session, keys: Sequence[bytes], classes: ClassSet, values: dict[bytes, Any]
     ) -> None:
-        hits: list[Hit] = []
         expected: dict[bytes, Near | None] = {}
         if self._slot is not None:
             for key in keys:
                 if (hit := self._hit_near(session, key, classes)) is not None:
                     values[key] = hit.value
-                    hits.append(hit)
+                    tell_read(hit, self.observers)
                 else:
                     expected[key] = self._expect(key)
             keys = list(expected)
@@ -232,14 +230,10 @@ class Engine:
                 continue
             now = self._now()
             for key, data in zip(part, answer, strict=True):
-                if data is None:
-                    continue
-                hit = self.accept(session, key, data, classes, expected.get(key) if expected else None, now)
+                hit = self.accept(session, key, data, classes, expected.get(key), now)
                 if hit is not None:
                     values[key] = hit.value
-                    hits.append(hit)
-        for hit in hits:
-            tell_read(hit, self.observers)
+                    tell_read(hit, self.observers)
 
     def accept(  # noqa: PLR0917  # called for every read
         self,
@@ -255,18 +249,13 @@ class Engine:
 
         *near*, made before the store was asked, is filled with it and put in L1.
         """
-        # ``fresh_frame`` spelled out: every read comes through here.
-        if data is None:
-            return None
-        try:
-            frame = unpack(data, key, summed)
-        except FrameError as error:
-            self._damaged(key, error.reason, error)
+        frame = self.intact(key, data, summed)
+        if frame is None:
             return None
         head = frame.head
         if now is None:
             now = self._now()
-        if head.kind != _ENTRY or not is_fresh(head, now):
+        if not is_fresh(head, now):
             return None
         try:
             value = decode(head.codec, frame.payload, classes)
@@ -280,12 +269,12 @@ class Engine:
                 self._tell_all(lambda observer: observer.eviction(evicted))
         return _hit((value, head, self._tier, None))
 
-    def intact(self, key: bytes, data: bytes | None) -> Frame | None:
-        """The entry's frame, None for placeholders, nothing and damage."""
+    def intact(self, key: bytes, data: bytes | None, summed: int | None = None) -> Frame | None:
+        """The entry's frame, None for placeholders, nothing and damage. *summed*: see ``unpack``."""
         if data is None:
             return None
         try:
-            frame = unpack(data, key)
+            frame = unpack(data, key, summed)
         except FrameError as error:
             self._damaged(key, error.reason, error)
             return None

@@ -1,4 +1,4 @@
-"""Entries of the near cache, and shortcuts to them.
+"""Entries of the near cache: what must be asked of one before it is served.
 
 Strategy: an entry holds all that must be asked before it may be served, so that a hit calls nothing: the counter of its
 key, which must not have moved since *before* the entry was read (``_changes``), the end of its freshness, and the end
@@ -18,7 +18,7 @@ from typing import Any
 from ._changes import Changes
 from ._classes import ClassSet
 from ._codec import RICH, DecodeError, decode, is_immutable
-from ._frame import Frame, Head
+from ._frame import HEAD_SIZE, Frame, Head
 from ._l1 import NOT_SHARED, Node
 
 
@@ -56,7 +56,7 @@ class Near(Node):
         self.head = frame.head
         self.cost = frame.head.cost
         self.until = self.changes.clock() + seconds_fresh
-        self.size = len(self.key) + 64 + len(frame.payload)
+        self.size = HEAD_SIZE + len(self.key) + len(frame.payload)
         if is_immutable(value):
             self.value = self.shared = value
         else:
@@ -64,7 +64,7 @@ class Near(Node):
 
     def holds(self) -> bool:
         """Whether it may be served now."""
-        # ``_shortcut`` spells the same out, to save the call.
+        # ``_shortcut`` and ``Cache.get`` spell the same out, to save the call.
         changes = self.changes
         return changes.words[self.at] == self.word and (now := changes.clock()) < self.until and now < changes.until
 

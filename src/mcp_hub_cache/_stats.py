@@ -10,7 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ._answers import Stats
+    from ._figures import Stats
 
 
 class Tap:
@@ -99,7 +99,7 @@ class Counters:
 
     def snapshot(self) -> Stats:
         """Return the figures as they are now."""
-        from ._answers import Stats  # noqa: PLC0415  # see there
+        from ._figures import Stats  # noqa: PLC0415  # see there
 
         for tap in list(self._taps):
             self.leave(tap)

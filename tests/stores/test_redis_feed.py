@@ -19,11 +19,12 @@ import pytest
 from mcp_hub_cache._frame import HEAD_SIZE
 from mcp_hub_cache._protocols import Coherent, Fence, Held, Patch, Write
 from mcp_hub_cache.stores import _redis_feed
+from mcp_hub_cache.stores._redis_clock import steady
 from mcp_hub_cache.stores._redis_feed import TRUST
-from mcp_hub_cache.stores._redis_wire import steady
 from mcp_hub_cache.stores.redis import RedisStore
 from mcp_hub_cache.testing import entry_frame
 from tests.backends import poll, turns
+from tests.forks import in_child
 from tests.proxy import proxy
 from tests.servers import Server, certificates, fake_server, redis_server, valkey_server
 
@@ -618,17 +619,13 @@ async def test_aclose_leaves_nothing(server: Server, when: str) -> None:
 async def test_a_forked_child_trusts_nothing(server: Server, store: RedisStore) -> None:
     stamp, slot = await live(store), store.slot(K)
     assert slot is not None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 and later warn of forking with threads
-        child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            code = 0 if slot.stamp() is None and store.slot(K) is None and store.stamp(K) is None else 2
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+
+    def child() -> None:
+        assert slot.stamp() is None
+        assert store.slot(K) is None
+        assert store.stamp(K) is None
+
+    in_child(child)
     assert slot.stamp() == stamp
     server.command("SET", K, "1")
     await moved(store, stamp)

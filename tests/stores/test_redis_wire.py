@@ -18,7 +18,8 @@ from mcp_hub_cache import _exceptions as errors
 from mcp_hub_cache._lifetime import PerLoop
 from mcp_hub_cache.stores import _redis_wire
 from mcp_hub_cache.stores._redis_address import Address
-from mcp_hub_cache.stores._redis_wire import Clock, Doubt, Wire, Wires, pack, steady
+from mcp_hub_cache.stores._redis_clock import Clock, steady
+from mcp_hub_cache.stores._redis_wire import Doubt, Wire, Wires, pack
 from tests.servers import valkey_server
 
 GET = pack((b"GET", b"k"))

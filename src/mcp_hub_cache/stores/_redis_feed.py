@@ -38,9 +38,10 @@ from .._changes import SLOTS, Changes
 from .._exceptions import StoreBusyError, StoreError, StoreExhaustedError, StoreProtocolError, StoreTimeoutError
 from ._failover_breaker import Backoff
 from ._redis_address import Address
+from ._redis_clock import Clock, steady
 from ._redis_errors import lost, store_error
 from ._redis_news import News, open_news
-from ._redis_wire import Clock, Wires, steady
+from ._redis_wire import Wires
 
 _log = logging.getLogger("mcp_hub_cache")
 

@@ -19,10 +19,8 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Final, TypeVar, cast
 
 import hiredis
@@ -31,11 +29,12 @@ from hiredis import ReplyError
 from .._answer import Answer
 from .._exceptions import StoreError
 from ._redis_address import Address
+from ._redis_clock import Clock, steady
 from ._redis_driver import open_connection
 from ._redis_errors import lost, not_redis, store_error, timed_out, unreachable
 from ._redis_outlet import Outlet
 
-__all__ = ["NOTHING", "Clock", "Doubt", "ReplyError", "Wire", "Wires", "pack", "parser"]
+__all__ = ["NOTHING", "Doubt", "ReplyError", "Wire", "Wires", "pack", "parser"]
 
 T = TypeVar("T")
 
@@ -53,12 +52,6 @@ _BUFFER: Final = 256 * 1024
 _TIME: Final = pack((b"TIME",))
 
 
-steady: Final[Callable[[], float]] = (
-    partial(time.clock_gettime, time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
-)
-"""Seconds on a clock that nobody sets, and that goes on while the machine sleeps, where there is one."""
-
-
 def parser() -> hiredis.Reader:
     """Return a new parser of what a server says."""
     return hiredis.Reader(notEnoughData=NOTHING)
@@ -66,26 +59,6 @@ def parser() -> hiredis.Reader:
 
 class Doubt(Exception):  # noqa: N818  # not an error to be shown: it becomes one
     """Raised by a ``convert``: the reply is of a shape that its request can't have. Ends the connection."""
-
-
-class Clock:
-    """The server's time, as its TIME command told it, carried on by a steady clock."""
-
-    __slots__ = ("_offset",)
-
-    def __init__(self) -> None:
-        self._offset: float | None = None
-
-    def now(self) -> float:
-        """Seconds since the epoch; this machine's until a server has told its own."""
-        return time.time() if self._offset is None else steady() + self._offset
-
-    def learn(self, told: float, asked: float, heard: float) -> None:
-        """Take *told*, the server's time somewhere between *asked* and *heard* (``steady``)."""
-        offset, doubt = told - (asked + heard) / 2, (heard - asked) / 2
-        # A slow answer that does not contradict what is known says nothing new.
-        if self._offset is None or abs(offset - self._offset) > doubt:
-            self._offset = offset
 
 
 class _Request:

@@ -33,12 +33,13 @@ from .._protocols import Begun, Fence, Held, Outcome, Patch, Write
 from .._tokens import new_token
 from . import next_store_id
 from ._redis_address import make_address
+from ._redis_clock import Clock
 from ._redis_commands import escape, facts_of, get_ranges, px
 from ._redis_errors import store_error
 from ._redis_feed import Connections, Feed
 from ._redis_outlet import BIG, in_parts
 from ._redis_scripts import BEGIN, DELETE, PATCH, RELEASE, RENEW, WRITE
-from ._redis_wire import Clock, Doubt, ReplyError, pack
+from ._redis_wire import Doubt, ReplyError, pack
 
 T = TypeVar("T")
 
