@@ -37,6 +37,7 @@ from mcp_hub_cache import (
 from mcp_hub_cache._async_cache import Seconds
 from mcp_hub_cache._frame import HEAD_SIZE, unpack_head
 from mcp_hub_cache._lines import Lane
+from mcp_hub_cache._writes import Life
 from mcp_hub_cache.stores.memory import MemoryStore
 from mcp_hub_cache.testing import FaultyStore
 from tests.backends import NAMES, Backend, poll, store_raw, stored, turns
@@ -985,7 +986,7 @@ async def test_a_frame_under_another_key_is_a_miss(cache: Cache) -> None:
 
 async def test_a_payload_that_cannot_be_decoded_is_a_miss(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
     codec, _ = cache._writes.encode({"a": 1}, cache_classes())
-    write = cache._writes.framed(cache._key("k"), codec, b'{"SECRET": [1,', 60.0)
+    write = cache._writes.framed(cache._key("k"), codec, b'{"SECRET": [1,', Life(60.0))
     await store_raw(cache, "k", write.frame)
     assert await cache.get("k", "default") == "default"
     assert cache.stats.errors == {"undecodable": 1}
@@ -999,7 +1000,7 @@ def cache_classes() -> Any:
 
 
 async def test_an_unknown_codec_is_a_miss(cache: Cache) -> None:
-    write = cache._writes.framed(cache._key("k"), 77, b"1", 60.0)
+    write = cache._writes.framed(cache._key("k"), 77, b"1", Life(60.0))
     assert unpack_head(write.frame).codec == 77
     await store_raw(cache, "k", write.frame)
     assert await cache.get("k") is None

@@ -25,16 +25,19 @@ LAYERS = [
     {"_open"},
     {"_cache"},
     {"_identity", "_load", "_upkeep"},
+    {"_leader"},
     {"_shortcut", "_writes"},
     {"_engine"},
-    {"_keys", "_near", "_settings", "stores"},
+    {"_keys", "_leases", "_marks", "_near", "_policy", "_settings", "stores"},
+    {"_failures"},
     {"_codec"},
     {"_revive"},
     {"_tagged"},
-    {"_async_cache", "_classes", "_placeholders", "_policy"},
+    {"_classes", "_current", "_placeholders"},
+    {"_async_cache", "_tags"},
     {"_direct"},
     {"_bind", "_flight", "_frame", "_l1", "_lifetime", "_lines", "_protocols", "_shapes", "_stats"},
-    {"_answer", "_figures", "_batches", "_blake", "_changes", "_exceptions", "_tokens"},
+    {"_answer", "_figures", "_batches", "_blake", "_changes", "_durations", "_exceptions", "_freshness", "_tokens"},
 ]
 RANKS = {module: len(LAYERS) - rank for rank, layer in enumerate(LAYERS) for module in layer}
 

@@ -20,22 +20,25 @@ from typing import TYPE_CHECKING
 
 from ._acached import Acached, acached
 from ._async_cache import MISSING, AsyncCache, MissingType
+from ._current import CurrentEntry, current_entry
+from ._durations import FOREVER
 from ._exceptions import (
     CacheError,
     CircularLoadError,
     InvalidKeyError,
+    LoadTimeoutError,
     SettingsError,
     StoreError,
     UncacheableError,
     ValueTooLargeError,
     WrongLoopError,
 )
-from ._policy import FOREVER
 
 if TYPE_CHECKING:
     from ._cache import Cache
     from ._figures import CacheStatus, Entry, Stats
     from ._open import FileCache, MemoryCache, RedisCache, default_cache, open_cache
+    from ._policy import Policy
     from ._protocols import Observer, Store
 
 __all__ = [
@@ -47,12 +50,15 @@ __all__ = [
     "CacheError",
     "CacheStatus",
     "CircularLoadError",
+    "CurrentEntry",
     "Entry",
     "FileCache",
     "InvalidKeyError",
+    "LoadTimeoutError",
     "MemoryCache",
     "MissingType",
     "Observer",
+    "Policy",
     "RedisCache",
     "SettingsError",
     "Stats",
@@ -62,6 +68,7 @@ __all__ = [
     "ValueTooLargeError",
     "WrongLoopError",
     "acached",
+    "current_entry",
     "default_cache",
     "open_cache",
 ]
@@ -74,6 +81,7 @@ _LATER = {
     "FileCache": "_open",
     "MemoryCache": "_open",
     "Observer": "_protocols",
+    "Policy": "_policy",
     "RedisCache": "_open",
     "Stats": "_figures",
     "Store": "_protocols",

@@ -13,17 +13,17 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Protocol, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Protocol, Self, TypeVar, Unpack, overload
 
-from ._async_cache import AsyncCache, MissingType, Seconds
+from ._async_cache import AsyncCache, MissingType, PolicyOptions
 from ._bind import parameters_of
 from ._calls import HOW_TO_IDENTIFY, Calls, Options, Scope
-from ._policy import seconds
 
 if TYPE_CHECKING:
     from ._figures import Stats
+    from ._policy import Policy
 
 P = ParamSpec("P")
 P2 = ParamSpec("P2")
@@ -73,6 +73,17 @@ class Acached(Protocol[P, R_co]):
         """Call the function; the cache is neither read nor written."""
         ...
 
+    def with_policy(self, policy: Policy | None = None, **changes: Unpack[PolicyOptions]) -> Acached[P, R_co]:
+        """Return the same cached function under another policy: the same keys and entries.
+
+        Make it once and keep it, as one decorates once; it counts for itself.
+
+        Args:
+            policy: In place of the function's own; None: that one.
+            **changes: Options of ``Policy``; None: as in *policy*.
+        """
+        ...
+
     def clear(self) -> Coroutine[Any, Any, int]:
         """Remove every entry of this function, answer how many. With ``key=`` it looks into all of the namespace."""
         ...
@@ -100,29 +111,29 @@ def acached(func: Callable[P, Coroutine[Any, Any, R]], /) -> Acached[P, R]: ...
 @overload
 def acached(
     *,
-    ttl: Seconds | None = None,
+    policy: Policy | None = None,
     cache: AsyncCache | Callable[[], AsyncCache] | None = None,
     namespace: str | None = None,
     key: str | Callable[..., str] | None = None,
     ignore: Iterable[str] = (),
     scope: Scope | None = None,
     version: str | int | None = None,
-    cache_if: Callable[[Any], bool] | None = None,
     share: bool = False,
+    **changes: Unpack[PolicyOptions],
 ) -> Decorator: ...
 def acached(
     func: Callable[..., Any] | None = None,
     /,
     *,
-    ttl: Seconds | None = None,
+    policy: Policy | None = None,
     cache: AsyncCache | Callable[[], AsyncCache] | None = None,
     namespace: str | None = None,
     key: str | Callable[..., str] | None = None,
     ignore: Iterable[str] = (),
     scope: Scope | None = None,
     version: str | int | None = None,
-    cache_if: Callable[[Any], bool] | None = None,
     share: bool = False,
+    **changes: Unpack[PolicyOptions],
 ) -> Any:
     """Cache what an async function returns, by its arguments.
 
@@ -132,37 +143,38 @@ def acached(
 
     Args:
         func: The async function, where the decorator is used bare.
-        ttl: Seconds a result stays fresh, more than 0, or text such as "10m"; None: the cache's default; ``FOREVER``.
+        policy: How results are kept, refreshed and shared; None: as the cache is set.
         cache: A cache, or a function that returns one at the call; None: the running loop's default cache, from the
             environment.
         namespace: Keep the entries in this namespace of the cache.
         key: The key itself: a template such as ``"user:{user_id}"``, or a function of the same arguments that returns
             text.
         ignore: Parameters that make no difference to the result.
-        scope: Whose result it is (tenant, user, agent run): a value, a context variable, or a function of the
-            arguments. Part of every key.
+        scope: Whose result it is (tenant, user, agent run): a value, a context variable, a template of arguments such
+            as ``"{tenant_id}"``, or a function of them. Part of every key.
         version: Change it when the function's meaning changes: old entries are then no longer found.
-        cache_if: Called with the result; false: it is returned, not stored.
         share: Callers promise not to change results, and may be handed the same object as others: a hit in the near
             cache then costs no decoding. Without it every caller gets a copy of its own.
+        **changes: Options of ``Policy`` (``ttl="10m"``, ``stale_ttl``, ``cache_if``, …), in place of the policy's. A
+            tag may be a template of arguments: ``tags=["user:{user_id}"]``.
 
     Raises:
-        TypeError: *func* is not an async function that can be cached; the message says what to do.
-        ValueError: An option is out of range or names no parameter.
+        TypeError: *func* is not an async function that can be cached, or an option is none; the message says what to
+            do.
+        ValueError: An option is out of range, contradicts another, or names no parameter.
 
     Example:
         >>> @acached(ttl="10m")
         ... async def search(query: str, limit: int = 10) -> list[str]: ...
     """
     options = Options(
-        ttl=None if ttl is None else seconds(ttl),
+        policy=_policy(policy, changes),
         cache=cache,
         namespace=namespace,
         key=key,
         ignore=frozenset((ignore,) if isinstance(ignore, str) else ignore),
         scope=scope,
         version=version,
-        cache_if=cache_if,
         share=share,
     )
     options.check()
@@ -171,14 +183,30 @@ def acached(
     return lambda func: _decorate(func, options, sys._getframe(1))  # noqa: SLF001
 
 
+def _policy(policy: Policy | None, changes: Mapping[str, Any]) -> Policy:
+    from ._policy import changed  # noqa: PLC0415  # decorating needs it, importing the package does not
+
+    return changed(policy, changes)
+
+
 def _decorate(func: Any, options: Options, frame: FrameType) -> Any:
     if isinstance(func, staticmethod):
         return staticmethod(_decorate(func.__func__, options, frame))
     _refuse_what_cannot_be(func)
-    is_method = _is_method(func)
-    calls = Calls(func, options, is_method=is_method, names=_local_classes(func, frame))
+    wrapper, calls = _made(func, options, _local_classes(func, frame))
+    return _Method(wrapper, calls) if calls.is_method else wrapper
+
+
+def _made(func: Any, options: Options, names: Mapping[str, object]) -> tuple[Any, Calls]:
+    calls = Calls(func, options, is_method=_is_method(func), names=names)
     wrapper = _wrapper(func, calls)
-    return _Method(wrapper, calls) if is_method else wrapper
+
+    def with_policy(policy: Policy | None = None, **changes: Any) -> Any:
+        other = _policy(options.policy if policy is None else policy, changes)
+        return _made(func, options._replace(policy=other), names)[0]
+
+    wrapper.with_policy = with_policy
+    return wrapper, calls
 
 
 def _local_classes(func: Any, frame: FrameType | None) -> dict[str, object]:
@@ -282,6 +310,11 @@ class _Bound(functools.partial[Any]):
             setattr(self, name, functools.partial(getattr(wrapper, name), instance))
         self.clear = wrapper.clear
         self.stats = wrapper.stats
+        self._wrapper, self._instance = wrapper, instance
+
+    def with_policy(self, policy: Policy | None = None, **changes: Any) -> Any:
+        """See ``Acached``."""
+        return _Bound(self._wrapper.with_policy(policy, **changes), self._instance)
 
 
 class _Method(staticmethod):  # type: ignore[type-arg]  # generic for type checkers only

@@ -6,13 +6,27 @@ The docstrings here are the contract; ``Cache`` inherits them.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextvars import ContextVar
 from datetime import timedelta
 from enum import Enum
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self, TypeVar, overload, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Final,
+    Literal,
+    Protocol,
+    Self,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    overload,
+    runtime_checkable,
+)
 
 if TYPE_CHECKING:
     from ._figures import CacheStatus, Entry
+    from ._policy import Policy
     from ._protocols import Observer
 
 T = TypeVar("T")
@@ -21,6 +35,26 @@ D = TypeVar("D")
 Seconds = float | str | timedelta
 """A duration: seconds as a number, text with units ("10m", "1h30m", "250ms"), or a ``timedelta``."""
 Loader = Callable[[], Awaitable[T]]
+Scope = str | int | ContextVar[Any]
+"""Whose entries they are: a tenant, a user, an agent run; itself or in a context variable."""
+
+
+class PolicyOptions(TypedDict, total=False):
+    """The options of a ``Policy``, which see, to be given one by one."""
+
+    ttl: Seconds | Callable[[Any], Seconds] | None
+    jitter: Seconds | None
+    stale_ttl: Seconds | None
+    throttle: Seconds | None
+    soft_timeout: Seconds | None
+    timeout: Seconds | None
+    early: float | None
+    cache_if: Callable[[Any], bool] | None
+    cache_errors: Mapping[type[Exception], Seconds] | None
+    tags: Iterable[str] | None
+    coalesce: Literal["process", "fleet"] | None
+    wait_timeout: Seconds | None
+    on_wait_timeout: Literal["load", "stale", "error"] | None
 
 
 class MissingType(Enum):
@@ -86,13 +120,24 @@ class AsyncCache(Protocol):
         """Return the fresh value under *key* with its times, or None."""
         ...
 
-    async def set(self, key: str, value: object, *, ttl: Seconds | None = None, as_type: object = Any) -> None:
+    async def set(
+        self,
+        key: str,
+        value: object,
+        *,
+        ttl: Seconds | None = None,
+        tags: Iterable[str] = (),
+        policy: Policy | None = None,
+        as_type: object = Any,
+    ) -> None:
         """Store *value*. It wins over every load of *key* in progress, here and in other processes.
 
         Args:
             key: 1 to 1,024 characters.
             value: Plain data, the standard library's value types, or instances of classes that *as_type* names.
             ttl: Seconds it stays fresh, more than 0; None: the default; ``FOREVER``: no end.
+            tags: Marks for ``invalidate``, besides those of the policy.
+            policy: Says how long it lives (``ttl``, ``jitter``, ``stale_ttl``) and its ``tags``; None: the cache's own.
             as_type: The type or annotation whose classes *value* may hold.
 
         Raises:
@@ -103,12 +148,27 @@ class AsyncCache(Protocol):
         ...
 
     async def set_many(
-        self, mapping: Mapping[str, object], *, ttl: Seconds | None = None, as_type: object = Any
+        self,
+        mapping: Mapping[str, object],
+        *,
+        ttl: Seconds | None = None,
+        tags: Iterable[str] = (),
+        policy: Policy | None = None,
+        as_type: object = Any,
     ) -> None:
         """Store every pair of *mapping*. Raises as ``set``, before anything is stored."""
         ...
 
-    async def add(self, key: str, value: object, *, ttl: Seconds | None = None, as_type: object = Any) -> bool:
+    async def add(
+        self,
+        key: str,
+        value: object,
+        *,
+        ttl: Seconds | None = None,
+        tags: Iterable[str] = (),
+        policy: Policy | None = None,
+        as_type: object = Any,
+    ) -> bool:
         """Store *value* only if there is nothing fresh, atomically among all processes; answer whether it was.
 
         Raises as ``set``.
@@ -140,42 +200,52 @@ class AsyncCache(Protocol):
         key: str,
         loader: Loader[T],
         *,
-        ttl: Seconds | None = None,
+        policy: Policy | None = None,
+        scope: Scope | None = None,
         as_type: object = Any,
-        cache_if: Callable[[T], bool] | None = None,
         refresh: bool = False,
         share: bool = False,
         label: str | None = None,
         owner: str | None = None,
         observer: Observer | None = None,
+        **changes: Unpack[PolicyOptions],
     ) -> T:
         """Return the value under *key*, awaiting *loader* where there is none.
 
-        Concurrent calls for one key share a single load (single flight, after Go's groupcache). A ``delete``, ``set``
-        or ``clear`` during the load wins: the loaded value goes to those who wait for it and is not stored.
+        Concurrent calls for one key share a single load (single flight, after Go's groupcache); with
+        ``coalesce="fleet"``, in all processes. A ``delete``, ``set``, ``invalidate`` or ``clear`` during the load wins:
+        the loaded value goes to those who wait for it and is not stored, and who calls afterwards gets a new load.
 
         Args:
             key: 1 to 1,024 characters.
             loader: Called without arguments by the leader only, in a copy of its context; must not ask for *key*
-                itself.
-            ttl: Seconds the result stays fresh, more than 0; None: the default; ``FOREVER``: no end.
+                itself. What it may decide for its entry, see ``current_entry``.
+            policy: How the result is kept, refreshed and shared; None: as the cache is set.
+            scope: Whose entry it is: part of the key. See ``with_scope``; an unset variable means uncached, with one
+                warning in the log.
             as_type: The type or annotation whose classes the value may hold. A result that it can't revive is
                 returned, not stored.
-            cache_if: Called with the result; false: it is returned, not stored.
-            refresh: Load even if there is a fresh value. Shares only loads whose loader was not called yet.
+            refresh: Load even if there is a fresh value, and let nothing stale stand in. Shares only loads whose loader
+                was not called yet.
             share: Every caller who says so promises not to change the value, and may be handed the same object as
                 others: hits in the near cache and joined loads then cost no decoding.
             label: What errors, logs and task names call this load; None: the key.
             owner: Marks the entry, so that ``clear(owner=…)`` finds it.
             observer: Hears of this call too.
+            **changes: Options of ``Policy`` (``ttl``, ``stale_ttl``, ``tags``, …), for this call; None: as in *policy*.
 
         Returns:
-            The value. The leader gets what *loader* returned; the others get copies of their own, unless it is
-            immutable, shared, or can't be stored.
+            The value; a stale one where the policy allows it. The leader gets what *loader* returned; the others get
+            copies of their own, unless it is immutable, shared, or can't be stored.
 
         Raises:
             CircularLoadError: This call is made inside a load that the wanted one waits for.
-            BaseException: Whatever *loader* raised, unchanged, in every waiter; it is not stored.
+            LoadTimeoutError: The load took longer than ``timeout``, or another process's longer than ``wait_timeout``,
+                and nothing stale could stand in.
+            TypeError: There is no such option, or it is of the wrong type.
+            ValueError: An option is out of range, or contradicts another.
+            BaseException: Whatever *loader* raised, unchanged, in every waiter; not stored, unless ``cache_errors``
+                says so.
 
         Cancellation:
             The other waiters keep the load. The last to leave cancels it, and nothing is stored.
@@ -195,6 +265,36 @@ class AsyncCache(Protocol):
         Args:
             prefix: Only keys that begin with it.
             owner: Only entries that were loaded with it; looks into every entry.
+        """
+        ...
+
+    async def invalidate(self, *tags: str) -> bool:
+        """Invalidate every entry of this namespace that has one of *tags*, however many, in every process.
+
+        Costs the same for one entry as for a million. Loads of such entries in progress store nothing, and who calls
+        afterwards gets a new load.
+
+        Returns:
+            Whether the store has taken note; False, if it can't be reached: entries there may still be served, by this
+            process and others, until they expire.
+
+        Raises:
+            TypeError: A tag is no text.
+            ValueError: A tag is empty, or longer than 1,024 characters.
+
+        Cancellation: the invalidation is carried out all the same.
+        """
+        ...
+
+    def with_scope(self, scope: Scope) -> AsyncCache:
+        """Return this cache for one tenant, user or agent run: the same store, lines and bounds, keys of its own.
+
+        Its ``keys`` and ``clear`` know no others' entries. ``clear`` of the whole cache clears every scope's; tags are
+        the namespace's.
+
+        Raises:
+            LookupError: *scope* is a context variable that is not set.
+            UncacheableError: *scope* has no stable form.
         """
         ...
 

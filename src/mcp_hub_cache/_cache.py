@@ -10,22 +10,25 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Hashable, Iterable, Mapping
 from contextlib import aclosing
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, Unpack, overload
 
-from ._async_cache import AsyncCache, Loader, Seconds
+from ._async_cache import AsyncCache, Loader, PolicyOptions, Scope, Seconds
 from ._blake import blake2b
 from ._classes import NOTHING, ClassSet, as_class_set
-from ._engine import Engine, tell_read
+from ._durations import seconds
+from ._engine import Engine, Takes, tell_read
 from ._flight import Flight
-from ._keys import KeySpace
+from ._keys import KeySpace, argument_bytes, digest, scope_of
 from ._l1 import NOT_SHARED
-from ._load import Loads, Plan
-from ._policy import seconds
-from ._protocols import Evicting, Observer, Store, StoreState
-from ._shortcut import Shortcut
+from ._leader import Plan
+from ._load import NO_TAGS, Loads
+from ._policy import Coalesce, Policy, Rules, changed, rules_of
+from ._protocols import Evicting, Leases, Observer, Store, StoreState
+from ._shortcut import AGAIN, Shortcut
 from ._stats import Counters
+from ._tags import as_tags
 from ._upkeep import Upkeep
-from ._writes import Writes
+from ._writes import Life, Writes
 
 if TYPE_CHECKING:
     from ._figures import CacheStatus, Entry, Stats
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 D = TypeVar("D")
 
+_MOST_RULES: Final = 256
 _MAX_KEY_LENGTH: Final = 16_000  # four bytes a character and the prefix fit the frame's key field
 
 
@@ -54,6 +58,11 @@ class Cache(AsyncCache):
         l1_max_bytes: Bytes in the near cache.
         max_key_length: Characters, at most 16,000.
         max_value_bytes: The largest stored form of a value.
+        policy: How entries are kept, refreshed and shared where a call does not say; its ttl wins over *default_ttl*.
+        coalesce: "process": one load per key in each process. "fleet": one in all processes that share the store. Where
+            no policy says.
+        max_refreshes: How many refreshes may go on in the background at once; while there are so many, what is stale
+            is served unrefreshed. 0: none.
         observer: Hears what happens, beside the counters that ``status`` shows. It hears of every hit, so none takes a
             shortcut: one from the near cache then costs some ten times as much.
     """
@@ -70,9 +79,13 @@ class Cache(AsyncCache):
         l1_max_bytes: int = 64 * 1024 * 1024,
         max_key_length: int = 1024,
         max_value_bytes: int = 8 * 1024 * 1024,
+        policy: Policy | None = None,
+        coalesce: Coalesce = "process",
+        max_refreshes: int = 32,
         observer: Observer | None = None,
     ) -> None:
         self._default_ttl = seconds(default_ttl, "default_ttl")
+        self._coalesce = coalesce
         self._max_key_length = _whole(max_key_length, "max_key_length", least=1, most=_MAX_KEY_LENGTH)
         self._space = KeySpace(prefix, namespace)
         self._counters = Counters()
@@ -85,9 +98,13 @@ class Cache(AsyncCache):
             l1_max_entries=_whole(l1_max_entries, "l1_max_entries"),
             l1_max_bytes=_whole(l1_max_bytes, "l1_max_bytes"),
             observers=(self._counters,) if observer is None else (self._counters, observer),
+            prefix=prefix.encode(),
         )
+        self._policy = changed(policy, {})
+        self._known_rules: dict[Hashable, tuple[Policy, Rules]] = {}
+        self._life_of, self._policy_tags = _life_of(self.rules()), self.rules().tags
         self._writes = Writes(self._engine, _whole(max_value_bytes, "max_value_bytes", least=1))
-        self._loads = Loads(self._engine, self._writes)
+        self._loads = Loads(self._engine, self._writes, max_refreshes=_whole(max_refreshes, "max_refreshes"))
         self._upkeep = Upkeep(self._engine, self._writes)
         if isinstance(store, Evicting):
             store.on_evict = self._counters.eviction
@@ -130,8 +147,41 @@ class Cache(AsyncCache):
     def _key(self, key: str) -> bytes:
         return self._space.entry(key, self._max_key_length)
 
-    def _ttl(self, ttl: Seconds | None) -> float:
-        return self._default_ttl if ttl is None else seconds(ttl)
+    def rules(self, policy: Policy | None = None, **changes: Any) -> Rules:
+        """Return what *policy*, with *changes* of its options, means for this cache; a change to None is none.
+
+        Raises:
+            TypeError: There is no such option, or it is of the wrong type.
+            ValueError: An option is out of range, contradicts another, or is nothing that this cache's store can do.
+        """
+        base = self._policy if policy is None else policy
+        name: Hashable = (id(base), *((option, type(value), value) for option, value in changes.items()))
+        try:
+            known = self._known_rules.get(name)
+        except TypeError:  # an option that can't be hashed
+            name = known = None
+        if known is not None and known[0] is base:
+            return known[1]
+        rules = rules_of(changed(base, changes), default_ttl=self._default_ttl, coalesce=self._coalesce)
+        if rules.fleet and not isinstance(self._engine.store, Leases):
+            raise ValueError(
+                f'coalesce="fleet" needs a store with leases, which {self._engine.store.name} has not: leave it out, '
+                "or use Redis or files"
+            )
+        if name is not None:
+            if len(self._known_rules) >= _MOST_RULES:
+                self._known_rules.clear()
+            self._known_rules[name] = base, rules
+        return rules
+
+    def _how(
+        self, ttl: Seconds | None, policy: Policy | None, tags: Iterable[str]
+    ) -> tuple[Callable[[object], Life], tuple[str, ...]]:
+        """How a value that is set is to live, and its tags."""
+        if ttl is None and policy is None and not tags:
+            return self._life_of, self._policy_tags
+        rules = self.rules(policy, ttl=ttl)
+        return _life_of(rules), (*rules.tags, *as_tags(tags)) if tags else rules.tags
 
     @overload
     async def get(self, key: str, default: None = None, *, as_type: type[T]) -> T | None: ...
@@ -186,22 +236,48 @@ class Cache(AsyncCache):
         head = hit.head
         return Entry(hit.value, head.created, head.fresh_until, head.keep_until, head.cost, hit.tier)
 
-    async def set(self, key: str, value: object, *, ttl: Seconds | None = None, as_type: object = Any) -> None:
-        store_key, seconds_fresh = self._key(key), self._ttl(ttl)
+    async def set(
+        self,
+        key: str,
+        value: object,
+        *,
+        ttl: Seconds | None = None,
+        tags: Iterable[str] = (),
+        policy: Policy | None = None,
+        as_type: object = Any,
+    ) -> None:
+        store_key, (life_of, all_tags) = self._key(key), self._how(ttl, policy, tags)
         codec, payload = self._writes.encode(value, _classes(as_type))
-        await self._writes.write(store_key, codec, payload, seconds_fresh)
+        await self._writes.write(store_key, codec, payload, life_of(value), all_tags)
 
     async def set_many(
-        self, mapping: Mapping[str, object], *, ttl: Seconds | None = None, as_type: object = Any
+        self,
+        mapping: Mapping[str, object],
+        *,
+        ttl: Seconds | None = None,
+        tags: Iterable[str] = (),
+        policy: Policy | None = None,
+        as_type: object = Any,
     ) -> None:
-        classes, seconds_fresh = _classes(as_type), self._ttl(ttl)
-        entries = [(self._key(key), *self._writes.encode(value, classes)) for key, value in mapping.items()]
-        await self._writes.write_many(entries, seconds_fresh)
+        classes, (life_of, all_tags) = _classes(as_type), self._how(ttl, policy, tags)
+        entries = [
+            (self._key(key), *self._writes.encode(value, classes), life_of(value)) for key, value in mapping.items()
+        ]
+        await self._writes.write_many(entries, all_tags)
 
-    async def add(self, key: str, value: object, *, ttl: Seconds | None = None, as_type: object = Any) -> bool:
-        store_key, seconds_fresh = self._key(key), self._ttl(ttl)
+    async def add(
+        self,
+        key: str,
+        value: object,
+        *,
+        ttl: Seconds | None = None,
+        tags: Iterable[str] = (),
+        policy: Policy | None = None,
+        as_type: object = Any,
+    ) -> bool:
+        store_key, (life_of, all_tags) = self._key(key), self._how(ttl, policy, tags)
         codec, payload = self._writes.encode(value, _classes(as_type))
-        return await self._writes.add(store_key, codec, payload, seconds_fresh)
+        return await self._writes.add(store_key, codec, payload, life_of(value), all_tags)
 
     async def delete(self, key: str) -> bool:
         return bool(await self._writes.delete_many([self._key(key)]))
@@ -210,11 +286,11 @@ class Cache(AsyncCache):
         return await self._writes.delete_many(list(dict.fromkeys(map(self._key, _several(keys)))))
 
     async def exists(self, key: str) -> bool:
-        return await self._engine.head(self._key(key)) is not None
+        return await self._engine.frame(self._key(key)) is not None
 
     async def ttl(self, key: str) -> float | None:
-        head = await self._engine.head(self._key(key))
-        return None if head is None else head.fresh_until - self._engine.store.now()
+        frame = await self._engine.frame(self._key(key))
+        return None if frame is None else frame.head.fresh_until - self._engine.store.now()
 
     async def touch(self, key: str, ttl: Seconds) -> bool:
         return await self._writes.touch(self._key(key), seconds(ttl))
@@ -224,36 +300,41 @@ class Cache(AsyncCache):
         key: str,
         loader: Loader[T],
         *,
-        ttl: Seconds | None = None,
+        policy: Policy | None = None,
+        scope: Scope | None = None,
         as_type: object = Any,
-        cache_if: Callable[[T], bool] | None = None,
         refresh: bool = False,
         share: bool = False,
         label: str | None = None,
         owner: str | None = None,
         observer: Observer | None = None,
+        **changes: Unpack[PolicyOptions],
     ) -> T:
         plan = self.plan(
             name=label if label is not None else repr(key)[:80],
             label=label if label is not None else "a get_or_load",
-            ttl=ttl,
+            rules=self.rules(policy, **changes),
             as_type=as_type,
-            cache_if=cache_if,
             refresh=refresh,
             share=share,
             owner=owner,
             observer=observer,
         )
-        return await self.load(key, loader, plan)
+        try:
+            space = self._space if scope is None else self._scoped(scope)
+        except LookupError as unset:
+            self._engine.warn_once(f"{plan.label} scope", f"{plan.label} is called uncached: {unset}")
+            return await loader()
+        value: T = await self._loads.load(space.entry(key, self._max_key_length), loader, plan)
+        return value
 
     def plan(
         self,
         *,
         name: str,
         label: str,
-        ttl: Seconds | None,
+        rules: Rules,
         as_type: object,
-        cache_if: Callable[[Any], bool] | None,
         refresh: bool,
         share: bool,
         owner: str | None,
@@ -265,23 +346,41 @@ class Cache(AsyncCache):
         return Plan(
             name=name,
             label=label,
-            ttl=self._ttl(ttl),
+            rules=rules,
+            takes=Takes(rules.stale_ttl, rules.failures, share),
             classes=_classes(as_type),
-            cache_if=cache_if,
             refresh=refresh,
-            share=share,
             owner=None if owner is None else _owner(owner),
             observers=observers if observer is None else (*observers, observer),
             shortcut=shortcut,
         )
 
-    def load(self, key: str, loader: Loader[T], plan: Plan, name: Hashable = None) -> Coroutine[Any, Any, T]:
-        """``get_or_load`` by a plan. *name* stands for *key* in the plan's shortcut; None: nothing does."""
-        return self._loads.load(self._key(key), loader, plan, name)
+    def load(
+        self,
+        key: str,
+        loader: Loader[T],
+        plan: Plan,
+        name: Hashable = None,
+        tags: Callable[[], Iterable[str]] = NO_TAGS,
+    ) -> Coroutine[Any, Any, T]:
+        """``get_or_load`` by a plan.
 
-    def join(self, flight: Flight, plan: Plan) -> Coroutine[Any, Any, Any] | None:
-        """Return what waits for *flight*, found by a shortcut; None: it is another event loop's."""
-        return self._loads.join(flight, plan) if self._loads.is_here(flight) else None
+        Args:
+            key: The key.
+            loader: What loads it.
+            plan: How.
+            name: Stands for *key* in the plan's shortcut; None: nothing does.
+            tags: Called for tags besides those of the plan.
+        """
+        return self._loads.load(self._key(key), loader, plan, name, tags)
+
+    async def join(self, flight: Flight, plan: Plan) -> Any:
+        """Return what *flight*, found by a shortcut, yields; ``AGAIN``: it is not for this caller."""
+        return await self._loads.join(flight, plan) if self._loads.is_here(flight) else AGAIN
+
+    async def invalidate(self, *tags: str) -> bool:
+        wanted = as_tags(tags)
+        return await self._writes.invalidate(self._space.root, wanted) if wanted else True
 
     async def keys(self, prefix: str = "") -> AsyncGenerator[str, None]:
         async with aclosing(self._upkeep.scan(self._entries(prefix))) as keys:
@@ -295,7 +394,7 @@ class Cache(AsyncCache):
             return await self._upkeep.clear_owned(self._entries(prefix), _owner(owner))
         entries = self._entries(prefix)
         # Without a prefix the whole namespace goes, with what is damaged and bears no name any more.
-        return await self._upkeep.clear(entries if prefix else self._space.root)
+        return await self._upkeep.clear(entries if prefix or self._space.scoped else self._space.root)
 
     def _entries(self, prefix: str) -> bytes:
         if not isinstance(prefix, str):
@@ -303,8 +402,18 @@ class Cache(AsyncCache):
         return self._space.entry(prefix, self._max_key_length) if prefix else self._space.entries
 
     def with_namespace(self, namespace: str) -> Cache:
+        return self._view(KeySpace(self._space.prefix, namespace))
+
+    def with_scope(self, scope: Scope) -> Cache:
+        return self._view(self._scoped(scope))
+
+    def _scoped(self, scope: Scope) -> KeySpace:
+        value = scope_of(scope)
+        return KeySpace(self._space.prefix, self._space.namespace, digest(argument_bytes(("scope",), (value,))))
+
+    def _view(self, space: KeySpace) -> Cache:
         view = copy.copy(self)
-        view._space = KeySpace(self._space.prefix, namespace)
+        view._space = space
         view._lead_names()
         # Views come and go, one for each tenant of a moment perhaps; what they have counted is kept.
         weakref.finalize(view, self._counters.leave, view._names).atexit = False
@@ -359,6 +468,15 @@ def _several(keys: Iterable[str]) -> Iterable[str]:
     if isinstance(keys, str | bytes):
         raise TypeError("keys must be several keys, not one text; put it in a list")
     return keys
+
+
+def _life_of(rules: Rules) -> Callable[[object], Life]:
+    """Return what says how long a value lives that is set under *rules*."""
+    ttl = rules.ttl
+    if callable(ttl):
+        return lambda value: Life(given := seconds(ttl(value)), rules.stale_ttl, min(rules.jitter, given / 2))
+    life = Life(ttl, rules.stale_ttl, rules.jitter)
+    return lambda _: life
 
 
 def _owner(owner: str) -> bytes:

@@ -24,13 +24,14 @@ from ._async_cache import MISSING, AsyncCache
 from ._bind import bind, bound_names, template
 from ._classes import ClassSet, return_annotation
 from ._identity import identify, own_key
-from ._keys import KeySpace, argument_bytes, digest, function_name, namer
-from ._shortcut import Shortcut, generate, name_of
+from ._keys import KeySpace, argument_bytes, digest, function_name, namer, scope_of
+from ._shortcut import AGAIN, Shortcut, generate, name_of
 from ._stats import Counters
 
 if TYPE_CHECKING:
     from ._cache import Cache
-    from ._load import Plan
+    from ._leader import Plan
+    from ._policy import Policy
 
 log = logging.getLogger("mcp_hub_cache")
 
@@ -45,14 +46,13 @@ HOW_TO_IDENTIFY: Final = (
 class Options(NamedTuple):
     """What ``acached`` was given; see there."""
 
-    ttl: float | None
+    policy: Policy
     cache: AsyncCache | Callable[[], AsyncCache] | None
     namespace: str | None
     key: str | Callable[..., str] | None
     ignore: frozenset[str]
     scope: Scope | None
     version: str | int | None
-    cache_if: Callable[[Any], bool] | None
     share: bool
 
     def check(self) -> None:
@@ -69,10 +69,6 @@ class Options(NamedTuple):
             )
         if self.scope is not None and not isinstance(self.scope, str | int | ContextVar) and not callable(self.scope):
             raise TypeError(f"scope must be a value, a ContextVar or a function, not {type(self.scope).__name__}")
-        if self.cache_if is not None and not callable(self.cache_if):
-            raise TypeError(f"cache_if must be a function of the result, not {type(self.cache_if).__name__}")
-        if inspect.iscoroutinefunction(self.cache_if):
-            raise TypeError("cache_if must be a plain function: nothing is awaited for its answer")
 
 
 class _Plans(NamedTuple):
@@ -111,6 +107,16 @@ class Calls:
         self._template: Callable[..., str] | None = None
         if isinstance(options.key, str):
             self._template = template(options.key, func, skip_first=is_method)
+        self._scope_template: Callable[..., str] | None = None
+        if isinstance(options.scope, str) and "{" in options.scope:
+            self._scope_template = template(options.scope, func, skip_first=is_method)
+        # Of the tags, those that depend on arguments; the rest are the policy's for every call.
+        self._tags = tuple([template(tag, func, skip_first=is_method) for tag in options.policy.tags if "{" in tag])
+        self._policy = options.policy
+        if self._tags:
+            self._policy = options.policy.replace(tags=[tag for tag in options.policy.tags if "{" not in tag])
+        if not self._makes_cache and hasattr(options.cache, "rules"):
+            options.cache.rules(self._policy)  # type: ignore[union-attr]  # what it can't do is said now
 
     # What waits for the first call
 
@@ -175,7 +181,7 @@ class Calls:
         """A wrapper that takes the shortcut to the near cache (``_shortcut``); None: there is none."""
         options = self.options
         scope = options.scope if isinstance(options.scope, ContextVar) else None
-        asks_more = self.is_method or callable(options.key) or callable(options.scope)
+        asks_more = self.is_method or callable(options.key) or callable(options.scope) or self._scope_template
         if asks_more or (self._makes_cache and options.cache is not None):
             return None
         return generate(
@@ -210,9 +216,8 @@ class Calls:
             view.plan,
             name=self.readable,
             label=self.readable,
-            ttl=self.options.ttl,
+            rules=view.rules(self._policy),
             as_type=self.classes,
-            cache_if=self.options.cache_if,
             share=self.options.share,
             owner=self._owner,
             observer=self.counters,
@@ -230,9 +235,9 @@ class Calls:
             await self.cache()  # flights of another one are forgotten by this
             flight = self._shortcut.flights.get(name)
             if flight is not None and self._plans is not None:
-                joined = self._plans.cache.join(flight, self._plans.load)
-                if joined is not None:
-                    return await joined
+                found = await self._plans.cache.join(flight, self._plans.load)
+                if found is not AGAIN:
+                    return found
         return await self.call(args, kwargs, bound=bound, name=name)
 
     # Keys
@@ -279,15 +284,14 @@ class Calls:
         scope = self.options.scope
         if scope is None:
             return ""
-        if isinstance(scope, ContextVar):
-            try:
-                value = scope.get()
-            except LookupError:
-                raise _Uncached(f"the scope variable {scope.name} is not set") from None
+        try:
+            value = scope_of(scope)
+        except LookupError as unset:
+            raise _Uncached(str(unset)) from None
+        if self._scope_template is not None:
+            value = self._scope_template(*args, **kwargs)
         elif callable(scope):
             value = scope(*args, **kwargs)
-        else:
-            value = scope
         return digest(argument_bytes(("scope",), (value,)))
 
     def _said_uncached(self, reason: _Uncached) -> None:
@@ -314,20 +318,24 @@ class Calls:
             return await self.func(*args, **kwargs)
         cache = await self.cache()
         loader = functools.partial(self.func, *args, **kwargs)
+        tags = functools.partial(self._tags_of, args, kwargs) if self._tags else tuple
         if (plans := self._plans) is not None:
-            return await plans.cache.load(key, loader, plans.refresh if refresh else plans.load, name)
+            return await plans.cache.load(key, loader, plans.refresh if refresh else plans.load, name, tags)
         return await cache.get_or_load(
             key,
             loader,
-            ttl=self.options.ttl,
+            policy=self._policy.replace(tags=(*self._policy.tags, *tags())) if self._tags else self._policy,
             as_type=self.classes,
-            cache_if=self.options.cache_if,
             refresh=refresh,
             share=self.options.share,
             label=self.readable,
             owner=self._owner,
             observer=self.counters,
         )
+
+    def _tags_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        """The tags of a call that depend on its arguments."""
+        return [render(*args, **kwargs) for render in self._tags]
 
     @property
     def _owner(self) -> str | None:

@@ -57,11 +57,57 @@ class Changes:
         return Changes(self.words, self.clock, until=until)
 
 
+class Part(NamedTuple):
+    """The state of a counter, from before its key was read."""
+
+    changes: Changes
+    at: int
+    word: int
+
+    def holds(self) -> bool:
+        """Whether the counter has not moved, and is trusted."""
+        changes = self.changes
+        return changes.words[self.at] == self.word and changes.clock() < changes.until
+
+
+class Joint:
+    """Several counters that look like a table with one, for what stands on more keys than its own.
+
+    Attributes:
+        words: Itself: every word is 0 as long as no counter has moved, and 1 from then on.
+        clock: As in ``Changes``, of which all parts must have the same.
+    """
+
+    __slots__ = ("_parts", "clock", "words")
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = tuple(parts)
+        self.clock = parts[0].changes.clock
+        self.words = self
+
+    def __getitem__(self, at: int) -> int:
+        """Return the state of all parts, whatever *at* is."""
+        for changes, place, word in self._parts:
+            if changes.words[place] != word:
+                return 1
+        return 0
+
+    @property
+    def until(self) -> float:
+        """When trust in the first of the tables ends."""
+        return min([part.changes.until for part in self._parts])
+
+
 class Slot(NamedTuple):
     """Where the changes of a key are counted."""
 
     changes: Changes
     at: int
+
+    def part(self) -> Part | None:
+        """The state of the counter now; None: a change is under way."""
+        word = self.changes.words[self.at]
+        return None if word & 1 else Part(self.changes, self.at, word)
 
     def stamp(self) -> int | None:
         """See ``Changes.stamp``."""

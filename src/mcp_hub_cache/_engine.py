@@ -19,19 +19,24 @@ from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
 
 from ._blake import blake2b
+from ._changes import Part
 from ._classes import ClassSet
-from ._codec import DecodeError, decode
+from ._codec import FAILURE, DecodeError, decode
 from ._direct import Direct
 from ._exceptions import StoreError
+from ._failures import Failures
 from ._flight import Flights
-from ._frame import Frame, FrameError, Head, Kind, sums, unpack, unpack_head
+from ._frame import Frame, FrameError, Head, Kind, Mark, sums, unpack, unpack_head
+from ._freshness import is_fresh, stands_in
 from ._l1 import L1, NOT_SHARED
+from ._leases import Rests, Rivals
 from ._lifetime import PerLoop
 from ._lines import Lines
+from ._marks import OWNED, Marks, Standing
 from ._near import Near
 from ._placeholders import Placeholders
-from ._policy import is_fresh
 from ._protocols import Coherent, Monitored, Observer, Store, Switching
+from ._tokens import draw
 
 T = TypeVar("T")
 
@@ -45,35 +50,74 @@ _SLICE: Final = 2000  # entries of L1 looked at before the loop may turn
 
 
 class Hit(NamedTuple):
-    """A fresh value and the head it was stored with."""
+    """A usable value and the head it was stored with.
+
+    Attributes:
+        value: The value; of a cached failure, the exception.
+        head: Its frame's.
+        tier: Where it was found.
+        near: Its place in L1, where it was found there.
+        stale: Its frame, where it is not fresh but may stand in.
+    """
 
     value: Any
     head: Head
     tier: str
-    near: Near | None = None  # of L1
+    near: Near | None = None
+    stale: Frame | None = None
 
 
 # What ``Hit(...)`` does, without its frame of Python: a third of the time.
-_hit: Final[Callable[[tuple[Any, Head, str, Near | None]], Hit]] = partial(tuple.__new__, Hit)
+_hit: Final[Callable[[tuple[Any, Head, str, Near | None, Frame | None]], Hit]] = partial(tuple.__new__, Hit)
+
+
+class Takes(NamedTuple):
+    """What a reader would take besides fresh values.
+
+    Attributes:
+        stale_ttl: Seconds past its freshness for which an entry may stand in.
+        failures: The exceptions that are answers; None: none are.
+        share: The one object that all get who promised not to change it.
+    """
+
+    stale_ttl: float = 0.0
+    failures: Failures | None = None
+    share: bool = False
+
+
+FRESH: Final = Takes()
+"""Fresh values alone."""
 
 
 class Session:
     """What belongs to one event loop."""
 
-    __slots__ = ("flights", "l1", "lines", "placeholders", "tasks")
+    __slots__ = ("behind", "flights", "l1", "lines", "loop", "marks", "placeholders", "rests", "rivals", "tasks")
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, lines: Lines | Direct, l1: L1[Near], placeholders: Placeholders
+    def __init__(  # noqa: PLR0917  # its parts
+        self,
+        loop: asyncio.AbstractEventLoop,
+        lines: Lines | Direct,
+        l1: L1[Near],
+        placeholders: Placeholders,
+        marks: Marks,
+        rivals: Rivals,
     ) -> None:
+        self.loop = loop
         self.lines = lines
         self.flights = Flights(loop)
         self.l1 = l1
         self.placeholders = placeholders
+        self.marks = marks
+        self.rivals = rivals
+        self.rests = Rests()
+        self.behind = 0  # refreshes in the background
         self.tasks: set[asyncio.Task[Any]] = set()
 
     def forget(self, key: bytes) -> None:
         """Let go of what is known of *key*: it changes now. Loads in progress serve those who wait, and no one else."""
         self.flights.detach(key)
+        self.rests.end(key)
         self.l1.drop(key)
 
     async def drop_prefix(self, prefix: bytes) -> None:
@@ -105,13 +149,18 @@ class Engine:
         l1_max_entries: int,
         l1_max_bytes: int,
         observers: tuple[Observer, ...],
+        prefix: bytes = b"",
+        draw: Callable[[], float] = draw,
     ) -> None:
+        self._namespace_at = len(prefix)
+        self.draw = draw
         self.store = store
         self.observers = observers
         self.timeout = timeout
         self._l1_size = (l1_max_entries, l1_max_bytes)
         # None: there is no L1. Looked at once, since isinstance with a protocol is slow.
-        self._slot = store.slot if isinstance(store, Coherent) and all(self._l1_size) else None
+        self._coherent = store.slot if isinstance(store, Coherent) else None
+        self._slot = self._coherent if all(self._l1_size) else None
         self.monitored = store if isinstance(store, Monitored) else None
         self._tier = store.name
         if isinstance(store, Switching):
@@ -119,7 +168,7 @@ class Engine:
         self._warned: set[str] = set()
         self._sessions: PerLoop[Session] = PerLoop(self._open, owner=f"this {store.name} cache", close=self._close)
         # The store's call, bound once: a line tells kinds of requests apart by their call.
-        self._get = store.get_many
+        self.store_get = store.get_many
         self._now = store.now
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> Session:
@@ -128,7 +177,14 @@ class Engine:
             lines = Direct(loop)
         else:
             lines = Lines(loop, self.store.lane, deadline=self.timeout)
-        return Session(loop, lines, L1(*self._l1_size), Placeholders(self.store, lines, self.trouble))
+        return Session(
+            loop,
+            lines,
+            L1(*self._l1_size),
+            Placeholders(self.store, lines, self.trouble),
+            Marks(self.store, lines, self._coherent, self.trouble),
+            Rivals(self.store, lines),
+        )
 
     async def _close(self, session: Session) -> None:
         await session.placeholders.aclose()
@@ -159,19 +215,23 @@ class Engine:
         session = self._sessions.peek()
         return (0, 0) if session is None else (len(session.l1), session.l1.size_bytes)
 
+    def root(self, key: bytes) -> bytes:
+        """What all keys of the namespace of *key* begin with; a namespace holds no colon."""
+        return key[: key.index(b":", self._namespace_at) + 1]
+
     # Reading
 
     async def look_up(
-        self, session: Session, key: bytes, classes: ClassSet, *, share: bool = False
+        self, session: Session, key: bytes, classes: ClassSet, takes: Takes = FRESH
     ) -> tuple[Hit | None, bool]:
-        """Return the fresh entry under *key*, or None; and whether the store could be asked at all. Tells nobody."""
+        """Return the usable entry under *key*, or None; and whether the store could be asked at all. Tells nobody."""
         near: Near | None = None
         if self._slot is not None:
-            if (hit := self._hit_near(session, key, classes, share=share)) is not None:
+            if (hit := self._hit_near(session, key, classes, takes)) is not None:
                 return hit, True
             near = self._expect(key)
         try:
-            data = await session.lines.read(self._get, key, key)
+            data = await session.lines.read(self.store_get, key, key)
         except StoreError as error:
             self.trouble(error)
             return None, False
@@ -180,19 +240,61 @@ class Engine:
             # 5 MB take two milliseconds, which small reads beside it would wait for.
             for summed in sums(data, _LARGE):  # noqa: B007
                 await asyncio.sleep(0)
-        return self.accept(session, key, data, classes, near, summed=summed), True
+        frame = self.intact(key, data, summed)
+        if frame is None:
+            return None, True
+        if frame.marks:
+            near, good = await self._check(session, key, frame.marks, near)
+            if not good:
+                return None, True
+        return self._admit(session, key, frame, classes, near, takes), True
 
-    def _hit_near(self, session: Session, key: bytes, classes: ClassSet, *, share: bool = False) -> Hit | None:
+    async def judge(
+        self, session: Session, key: bytes, data: bytes | None, classes: ClassSet, takes: Takes
+    ) -> Hit | None:
+        """Verify what the store said to be under *key*: as ``look_up``, for what was read in another way."""
+        frame = self.intact(key, data)
+        if frame is None or (frame.marks and not (await self._check(session, key, frame.marks, None))[1]):
+            return None
+        return self._admit(session, key, frame, classes, None, takes)
+
+    async def _check(
+        self, session: Session, key: bytes, marks: tuple[Mark, ...], near: Near | None
+    ) -> tuple[Near | None, bool]:
+        """Whether the marks of the entry under *key* stand; and *near*, which then hangs on them too, if it can."""
+        if all(mark == OWNED for _, mark in marks):
+            return near, True
+        try:
+            standing = await session.marks.stand(self.root(key), marks)
+        except StoreError as error:
+            self.trouble(error)
+            return None, False
+        return _hung(near, standing), standing.good
+
+    def _hit_near(self, session: Session, key: bytes, classes: ClassSet, takes: Takes) -> Hit | None:
         near = session.l1.get(key)
         if near is None:
             return None
-        if near.holds():
-            value = near.share(classes) if share else near.read(classes)
+        if near.is_fresh():
+            if near.head.codec == FAILURE:
+                value = NOT_SHARED if takes.failures is None else near.fail(takes.failures, classes)
+            else:
+                value = near.share(classes) if takes.share else near.read(classes)
             if value is not NOT_SHARED:
                 return Hit(value, near.head, "l1", near)
         if near.is_over():
             session.l1.drop(key)
         return None
+
+    def untrusted(self, near: Near, classes: ClassSet) -> Hit | None:
+        """What L1 holds and can't vouch for, to stand in while the store can't be asked."""
+        value = near.untrusted(classes)
+        return None if value is NOT_SHARED else Hit(value, near.head, "l1", None, near.frame())
+
+    def part(self, key: bytes) -> Part | None:
+        """The state of the counter of *key* now; None where nothing tells of changes now."""
+        slot = self._coherent(key) if self._coherent is not None else None
+        return None if slot is None else slot.part()
 
     def _expect(self, key: bytes) -> Near | None:
         """An empty entry for what is about to be read; None where nothing tells of changes now."""
@@ -217,48 +319,85 @@ class Engine:
         expected: dict[bytes, Near | None] = {}
         if self._slot is not None:
             for key in keys:
-                if (hit := self._hit_near(session, key, classes)) is not None:
+                if (hit := self._hit_near(session, key, classes, FRESH)) is not None:
                     values[key] = hit.value
                     tell_read(hit, self.observers)
                 else:
                     expected[key] = self._expect(key)
             keys = list(expected)
-        parts = session.lines.read_groups(self._get, keys)
+        parts = session.lines.read_groups(self.store_get, keys)
+        tagged: list[tuple[bytes, Frame]] = []
         for (part, _), answer in zip(parts, await every([future for _, future in parts]), strict=True):
             if isinstance(answer, StoreError):
                 self.trouble(answer)
                 continue
             now = self._now()
             for key, data in zip(part, answer, strict=True):
-                hit = self.accept(session, key, data, classes, expected.get(key), now)
-                if hit is not None:
-                    values[key] = hit.value
-                    tell_read(hit, self.observers)
+                frame = self.intact(key, data)
+                if frame is None:
+                    continue
+                if frame.marks:
+                    tagged.append((key, frame))
+                    continue
+                self._take_in(session, key, frame, classes, expected.get(key), values, now)
+        if tagged:
+            for (key, frame), standing in zip(tagged, await self.stand_all(session, tagged), strict=True):
+                if standing.good:
+                    near = _hung(expected.get(key), standing)
+                    self._take_in(session, key, frame, classes, near, values, self._now())
 
-    def accept(  # noqa: PLR0917  # called for every read
+    def _take_in(  # noqa: PLR0917  # called for every read of many
         self,
         session: Session,
         key: bytes,
-        data: bytes | None,
+        frame: Frame,
         classes: ClassSet,
         near: Near | None,
+        values: dict[bytes, Any],
+        now: float,
+    ) -> None:
+        hit = self._admit(session, key, frame, classes, near, FRESH, now)
+        if hit is not None:
+            values[key] = hit.value
+            tell_read(hit, self.observers)
+
+    async def stand_all(self, session: Session, tagged: Sequence[tuple[bytes, Frame]]) -> list[Standing]:
+        """Say of each (key, frame), all of one namespace, whether its marks stand; none, where the store fails."""
+        try:
+            return await session.marks.stand_all(self.root(tagged[0][0]), [frame.marks for _, frame in tagged])
+        except StoreError as error:
+            self.trouble(error)
+            return [Standing(good=False, parts=None)] * len(tagged)
+
+    def _admit(  # noqa: PLR0917  # called for every read
+        self,
+        session: Session,
+        key: bytes,
+        frame: Frame,
+        classes: ClassSet,
+        near: Near | None,
+        takes: Takes,
         now: float | None = None,
-        summed: int | None = None,
     ) -> Hit | None:
-        """Verify what the store said to be under *key*; only a fresh, intact entry of that very key is a hit.
+        """Take a frame whose marks stand for what it is at this moment.
 
         *near*, made before the store was asked, is filled with it and put in L1.
         """
-        frame = self.intact(key, data, summed)
-        if frame is None:
-            return None
         head = frame.head
         if now is None:
             now = self._now()
+        stale = None
         if not is_fresh(head, now):
-            return None
+            if not takes.stale_ttl or not stands_in(head, now, takes.stale_ttl) or head.codec == FAILURE:
+                return None
+            stale, near = frame, None
         try:
-            value = decode(head.codec, frame.payload, classes)
+            if head.codec != FAILURE:
+                value = decode(head.codec, frame.payload, classes)
+            elif takes.failures is None:
+                return None
+            else:
+                value = takes.failures.decode(frame.payload, classes)
         except DecodeError as error:
             self._damaged(key, "undecodable", error)
             return None
@@ -267,7 +406,7 @@ class Engine:
             evicted = session.l1.put(near)
             if evicted:
                 self._tell_all(lambda observer: observer.eviction(evicted))
-        return _hit((value, head, self._tier, None))
+        return _hit((value, head, self._tier, None, stale))
 
     def intact(self, key: bytes, data: bytes | None, summed: int | None = None) -> Frame | None:
         """The entry's frame, None for placeholders, nothing and damage. *summed*: see ``unpack``."""
@@ -280,28 +419,34 @@ class Engine:
             return None
         return frame if frame.head.kind == _ENTRY else None
 
-    def fresh_frame(self, key: bytes, data: bytes | None) -> Frame | None:
-        """The same, if it is fresh."""
+    async def fresh_frame(self, session: Session, key: bytes, data: bytes | None) -> Frame | None:
+        """The frame of the entry in *data*, if it is good: fresh, its marks standing, and no failure."""
         frame = self.intact(key, data)
-        return frame if frame is not None and is_fresh(frame.head, self._now()) else None
+        if frame is None or not is_fresh(frame.head, self._now()) or frame.head.codec == FAILURE:
+            return None
+        if frame.marks and not (await self._check(session, key, frame.marks, None))[1]:
+            return None
+        return frame
 
-    async def head(self, key: bytes) -> Head | None:
-        """Return the head of the fresh, intact entry under *key*, or None. Nothing is decoded."""
+    async def frame(self, key: bytes) -> Frame | None:
+        """Return the frame of the good entry under *key*, or None. Nothing is decoded."""
         session = self.session()
         try:
-            frame = self.fresh_frame(key, await session.lines.read(self._get, key, key))
+            data = await session.lines.read(self.store_get, key, key)
         except StoreError as error:
             self.trouble(error)
             return None
-        return None if frame is None else frame.head
+        return await self.fresh_frame(session, key, data)
 
     def fresh_head(self, data: bytes | None) -> Head | None:
-        """The head in *data*, if it is a fresh entry's."""
+        """The head in *data*, if it is a fresh entry's. What it can't tell is whether the entry's marks stand."""
         try:
             head = None if data is None else unpack_head(data)
         except FrameError:
             return None
-        return head if head is not None and head.kind == _ENTRY and is_fresh(head, self._now()) else None
+        if head is None or head.kind != _ENTRY or head.codec == FAILURE or not is_fresh(head, self._now()):
+            return None
+        return head
 
     # Trouble
 
@@ -327,8 +472,12 @@ class Engine:
             log.warning("%s", text)
 
 
-OWNED: Final = bytes(8)
-"""The mark of an owner: owners have none that changes."""
+def _hung(near: Near | None, standing: Standing) -> Near | None:
+    """Let *near* hang on the marks of its entry, too; None where nothing would tell of their changes."""
+    if near is None or standing.parts is None:
+        return None
+    near.hang_on(standing.parts)
+    return near
 
 
 async def every(futures: Sequence[asyncio.Future[Any]]) -> list[Any]:

@@ -48,6 +48,10 @@ class CircularLoadError(CacheError, RuntimeError):
     """A loader waits, directly or through others, for the value that it is loading itself."""
 
 
+class LoadTimeoutError(CacheError, TimeoutError):
+    """A load took longer than its policy allows, or another process's did, and nothing stale could stand in."""
+
+
 class WrongLoopError(CacheError, RuntimeError):
     """One cache is used from two event loops that run at the same time."""
 

@@ -6,6 +6,7 @@ time. The last one to leave cancels the work.
 Rules:
 - A flight is found by its key and removed by its identity: one that was detached or cancelled can't take its
   successor with it.
+- A flight that is kept is the exception: it works in the background, for whoever comes next.
 - Landing, joining, leaving and detaching are synchronous. Between two awaits the table is consistent.
 - Who waits for whom is an edge between two *live* flights, added before waiting. A join that would close a circle is
   an error at once: it could never end. The edge starts at the flight in whose context the caller runs; a task that
@@ -19,9 +20,12 @@ from collections.abc import Awaitable, Callable, Hashable
 from contextvars import ContextVar
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 from ._exceptions import CacheError, CircularLoadError
+
+PENDING: Final = object()
+"""What ``wait`` answers where the flight has not landed in time."""
 
 _current: ContextVar[Flight | None] = ContextVar("mcp_hub_cache_flight", default=None)
 
@@ -38,16 +42,20 @@ class Flight:
         group: What several flights have in common that are detached together.
         landed: It is over.
         aliases: Tables that lead to it by names of their own, as long as it can be joined.
+        cargo: What the work and those who wait for it have to tell each other.
+        kept: It goes on when nobody waits for it any more.
     """
 
     __slots__ = (
         "aliases",
         "anew",
         "begun",
+        "cargo",
         "detached",
         "error",
         "group",
         "home",
+        "kept",
         "key",
         "landed",
         "name",
@@ -60,12 +68,23 @@ class Flight:
     )
 
     def __init__(
-        self, key: bytes, name: str, *, anew: bool, group: object, parent: Flight | None, home: Flights
+        self,
+        key: bytes,
+        name: str,
+        *,
+        anew: bool,
+        group: object,
+        cargo: Any,
+        kept: bool,
+        parent: Flight | None,
+        home: Flights,
     ) -> None:
         self.key = key
         self.name = name
         self.anew = anew
         self.group = group
+        self.cargo = cargo
+        self.kept = kept
         self.parent = parent
         self.home = home
         self.begun = False
@@ -136,6 +155,8 @@ class Flights:
         *,
         anew: bool = False,
         group: object = None,
+        cargo: Any = None,
+        kept: bool = False,
     ) -> tuple[Flight, bool]:
         """Return the flight to wait for, and whether it was started by this call.
 
@@ -144,6 +165,8 @@ class Flights:
             name: What to call it in errors.
             work: Called with the flight if there is none to join.
             group: Marks the flight for ``detach_all``.
+            cargo: See ``Flight``; of a flight that this call starts.
+            kept: The same.
             anew: Join only a flight that is anew itself and has not begun yet; detach any other.
 
         Raises:
@@ -157,14 +180,25 @@ class Flights:
             self._refuse_descent(key, caller)
         if flight is not None:
             self.detach(key)
-        flight = self._live[key] = Flight(key, name, anew=anew, group=group, parent=caller, home=self)
+        flight = self._live[key] = Flight(
+            key,
+            name,
+            anew=anew,
+            group=group,
+            cargo=cargo,
+            kept=kept,
+            parent=caller,
+            home=self,
+        )
         flight.task = task = self._loop.create_task(self._fly(flight, work), name="mcp-hub-cache load")
         self._flights.add(flight)
         task.add_done_callback(partial(self._ended, flight))
         return flight, True
 
-    async def wait(self, flight: Flight) -> Any:
-        """Return what *flight* yields.
+    async def wait(self, flight: Flight, within: float | None = None) -> Any:
+        """Return what *flight* yields; ``PENDING`` where it has not landed *within* so many seconds.
+
+        A flight that somebody has stopped waiting for in this way is kept.
 
         Raises:
             CircularLoadError: The caller runs inside a load that the flight waits for.
@@ -174,13 +208,15 @@ class Flights:
             Only this caller leaves. If it was the last one, the work is cancelled.
         """
         if not flight.landed:  # an eager task factory may have flown it already
-            await self._landing(flight)
+            await self._landing(flight, within)
+            if not flight.landed:
+                return PENDING
         if flight.error is not None:
             # The trace as it was at landing: each waiter that raises the shared error would else lengthen it for all.
             raise flight.error.with_traceback(flight.trace)
         return flight.result
 
-    async def _landing(self, flight: Flight) -> None:
+    async def _landing(self, flight: Flight, within: float | None) -> None:
         caller = _caller()
         if caller is not None:
             if flight.task is not None and (route := flight.route_to(caller)) is not None:
@@ -188,17 +224,23 @@ class Flights:
             caller.waits_for[flight] = caller.waits_for.get(flight, 0) + 1
         future: asyncio.Future[None] = self._loop.create_future()
         flight.waiters.add(future)
+        timer = None if within is None else self._loop.call_later(within, _wake, future)
         try:
             await future
+            if not flight.landed:
+                flight.waiters.discard(future)
+                flight.kept = True
         except asyncio.CancelledError:
             flight.waiters.discard(future)
-            if not flight.waiters and not flight.landed:
+            if not (flight.waiters or flight.landed or flight.kept):
                 self._drop(flight)
                 flight.detached = True  # a loader that swallows this must not have its result stored
                 assert flight.task is not None
                 flight.task.cancel()
             raise
         finally:
+            if timer is not None:
+                timer.cancel()
             if caller is not None:
                 caller.waits_for[flight] -= 1
                 if not caller.waits_for[flight]:
@@ -240,8 +282,14 @@ class Flights:
             flight.trace = error.__traceback__
         waiters, flight.waiters = flight.waiters, set()
         for future in waiters:
-            if not future.done():
-                future.set_result(None)
+            _wake(future)
+
+    def end(self, flight: Flight, error: BaseException) -> None:
+        """Let all who wait for *flight* have *error* now, and cancel the work."""
+        self._land(flight, error)
+        flight.detached = True  # a loader that swallows this must not have its result stored
+        assert flight.task is not None
+        flight.task.cancel()
 
     def _drop(self, flight: Flight) -> None:
         if self._live.get(flight.key) is flight:
@@ -255,10 +303,16 @@ class Flights:
             self._drop(flight)
             flight.detached = True
 
-    def detach_all(self, prefix: bytes, group: object = None) -> None:
-        """Detach every flight whose key begins with *prefix*; only those of *group*, where one is given."""
+    def detach_all(self, prefix: bytes, group: object = None, *, only: Callable[[Flight], bool] | None = None) -> None:
+        """Detach every flight whose key begins with *prefix*.
+
+        Args:
+            prefix: Of the keys.
+            group: Only those of this group.
+            only: Only those for which it says so.
+        """
         for key, flight in list(self._live.items()):
-            if key.startswith(prefix) and group in {None, flight.group}:
+            if key.startswith(prefix) and group in {None, flight.group} and (only is None or only(flight)):
                 self.detach(key)
 
     def is_of_another(self, key: bytes, group: object) -> bool:
@@ -276,6 +330,11 @@ class Flights:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _circle(chain: list[Flight]) -> CircularLoadError:

@@ -71,7 +71,7 @@ class Kind(IntEnum):
     ENTRY = 1
     PLACEHOLDER = 2  # a load in progress: fence and lease in one
     MARK = 3  # a tag's current mark
-    LEASE = 4  # limits refreshes of a stale entry; decides nothing
+    OVER = 4  # a load ended without a value: nobody need wait for it, or try again, while this stands
     JOURNAL = 5  # a delete that a primary has still to see
 
 
@@ -246,10 +246,13 @@ def patch_head(head: Head, *, fresh_until: float, keep_until: float) -> bytes:
 
 def placeholder(key: bytes, token: bytes, now: float, hold: float) -> bytes:
     """Return the frame that says "being loaded": planted by ``begin_many``, kept for *hold* seconds."""
-    until = now + hold
-    return pack(
-        key, b"", kind=Kind.PLACEHOLDER, token=token, created=now, fresh_until=until, keep_until=until
-    )  # fmt: skip
+    return frame_of_kind(Kind.PLACEHOLDER, key, token, now, hold)
+
+
+def frame_of_kind(kind: Kind, key: bytes, token: bytes, now: float, keep: float) -> bytes:
+    """Return a frame that says what it is, and nothing else, for *keep* seconds."""
+    until = now + keep
+    return pack(key, b"", kind=kind, token=token, created=now, fresh_until=until, keep_until=until)
 
 
 def key_of(data: bytes) -> bytes:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from inspect import unwrap
 from typing import Any, Final, NamedTuple
 
@@ -41,6 +42,7 @@ __all__ = [
     "function_name",
     "join",
     "namer",
+    "scope_of",
     "template",
     "true_name",
 ]
@@ -64,18 +66,20 @@ class KeySpace:
         prefix: Stands before all keys: up to 64 printable ASCII characters without spaces, quotes, backslash or any of
             ``*?[]``; may be empty.
         namespace: 1 to 64 of ``A-Z a-z 0-9 _ . -``, not "." or "..". Holding no colon, no two namespaces share a key.
+        scope: Digest of whose entries they are; empty: nobody's in particular.
 
     Attributes:
         root: Everything of this namespace starts with it.
-        entries: All entries start with it.
+        entries: All entries start with it; of this scope, where there is one.
+        scoped: Whether there is a scope.
 
     Raises:
         ValueError: Prefix or namespace is not as above.
     """
 
-    __slots__ = ("entries", "namespace", "prefix", "root")
+    __slots__ = ("entries", "namespace", "prefix", "root", "scoped")
 
-    def __init__(self, prefix: str = "mcp_hub:", namespace: str = "default") -> None:
+    def __init__(self, prefix: str = "mcp_hub:", namespace: str = "default", scope: str = "") -> None:
         for part in (prefix, namespace):
             _as_str(part)
         if not re.fullmatch(_NAMESPACE, namespace) or namespace in {".", ".."}:
@@ -88,7 +92,8 @@ class KeySpace:
         self.prefix = prefix
         self.namespace = namespace
         self.root = f"{prefix}{namespace}:".encode("ascii")
-        self.entries = self.root + b"e:"
+        self.entries = self.root + (b"s:%s:" % scope.encode("ascii") if scope else b"e:")
+        self.scoped = bool(scope)
 
     def __repr__(self) -> str:
         """How to make it again."""
@@ -167,6 +172,20 @@ def argument_bytes(names: Sequence[str], values: tuple[object, ...]) -> bytes:
         except Exception as error:  # noqa: BLE001  # whatever a user's own class raises when it is looked at
             raise UncacheableError(f"{where}: reading it raised {type(error).__name__}", where=where) from None
     return b"3" + canonical(tagged)
+
+
+def scope_of(scope: object) -> object:
+    """Return the value that *scope* is, or that the context variable holds.
+
+    Raises:
+        LookupError: The variable is not set.
+    """
+    if not isinstance(scope, ContextVar):
+        return scope
+    try:
+        return scope.get()
+    except LookupError:
+        raise LookupError(f"the scope variable {scope.name} is not set") from None
 
 
 def digest(*parts: bytes) -> str:

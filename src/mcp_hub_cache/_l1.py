@@ -76,6 +76,10 @@ class L1(Generic[N]):
             node.visited = True
         return node
 
+    def peek(self, key: bytes) -> N | None:
+        """Return the entry under *key*; that is no use of it."""
+        return self._nodes.get(key)
+
     def snapshot(self) -> list[bytes]:
         """The keys held, oldest first."""
         return list(self._nodes)

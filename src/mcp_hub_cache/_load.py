@@ -1,184 +1,294 @@
-"""Loading: what happens where there is nothing fresh.
+"""Loading, as callers see it: look, and where there is nothing fresh, wait for a flight or take what stands in.
 
-Strategy: everything between a miss and its value happens in one flight per key (``_flight``): begin at the store,
-call the loader, store what it yields where the beginning's token still stands.
+Strategy: one flight per key does the work (``_leader``); here is who waits for it, how long, and with what. What stands
+in for a load that fails or is slow was read before it, by the caller or by the flight.
 
 Rules:
-- A placeholder is planted before the loader is called. Whatever happens to the key meanwhile (delete, set, clear,
-  eviction, another load's write) changes the token, in this process or any other, and the write is refused. This is
-  Facebook's memcache lease (NSDI 2013), with a random token.
-- A load whose lookup failed does not try to begin, and one that could not begin stores nothing: one deadline, not
-  three.
 - The result always goes to those who waited for it, stored or not. The leader gets the loader's own object; the
   others get a copy each, decoded from what was stored.
+- Whoever comes after a change (a delete, set, clear, invalidation, here or in another process) does not join a load
+  that began before it: the load's own beginning must still stand. Where the key's counter has not moved since, that is
+  so; else the store is asked.
+- What is stale is served once per call and told as such, never as a hit.
+- A refresh in the background is one caller of its flight that never leaves. There is a bound on how many there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Hashable
-from functools import partial
-from time import monotonic
-from types import CoroutineType
-from typing import Any, NamedTuple
+import asyncio
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, Final
 
 from ._async_cache import Loader
-from ._classes import ClassSet
-from ._codec import decode, is_immutable
-from ._engine import Engine, Session, tell_read
-from ._exceptions import UncacheableError, ValueTooLargeError
-from ._flight import Flight
-from ._frame import unpack
-from ._protocols import Observer, Outcome
-from ._shortcut import Shortcut
+from ._codec import FAILURE, DecodeError, decode, is_immutable
+from ._engine import Engine, Hit, Session, tell_read
+from ._exceptions import CircularLoadError, StoreError
+from ._flight import PENDING, Flight
+from ._frame import TOKEN
+from ._freshness import lead
+from ._leader import Landed, Leader, NothingToDoError, Plan, Trip
+from ._placeholders import heed
+from ._shortcut import AGAIN
 from ._writes import Writes
 
-
-class Plan(NamedTuple):
-    """How to load: what ``Cache`` makes of its options.
-
-    Attributes:
-        name: What to call the load in errors.
-        label: What to call it in logs, where no key must stand.
-        ttl: Seconds the result stays fresh.
-        classes: What may be revived.
-        cache_if: Whether a result is to be stored; None: always.
-        refresh: Load even if there is something fresh.
-        share: The caller takes an object that others have, too.
-        owner: 16 bytes that mark the entry as belonging to a function.
-        observers: Who hears of it.
-        shortcut: Where aliases of what is found may stand.
-    """
-
-    name: str
-    label: str
-    ttl: float
-    classes: ClassSet
-    cache_if: Callable[[Any], bool] | None
-    refresh: bool
-    share: bool
-    owner: bytes | None
-    observers: tuple[Observer, ...]
-    shortcut: Shortcut | None = None
-
-
-class _Landed(NamedTuple):
-    """What a flight yields. ``payload`` None: it can't be encoded, so all waiters share the one object."""
-
-    value: Any
-    codec: int
-    payload: bytes | memoryview | None
-    classes: ClassSet
-    cost: float
-
-    def copy(self) -> Any:
-        if self.payload is None or is_immutable(self.value):
-            return self.value
-        return decode(self.codec, self.payload, self.classes)
+NO_TAGS: Final[Callable[[], Iterable[str]]] = tuple
 
 
 class Loads:
-    """Loads through one engine."""
+    """Loads through one engine.
 
-    def __init__(self, engine: Engine, writes: Writes) -> None:
+    Args:
+        engine: The engine.
+        writes: The way to store results.
+        max_refreshes: How many refreshes may go on in the background at once.
+    """
+
+    def __init__(self, engine: Engine, writes: Writes, *, max_refreshes: int) -> None:
         self._engine = engine
         self._writes = writes
+        self._max_refreshes = max_refreshes
 
-    async def load(self, key: bytes, loader: Loader[Any], plan: Plan, name: Hashable = None) -> Any:
+    async def load(
+        self,
+        key: bytes,
+        loader: Loader[Any],
+        plan: Plan,
+        name: Hashable = None,
+        tags: Callable[[], Iterable[str]] = NO_TAGS,
+    ) -> Any:
         """Return the fresh value under *key*, or what *loader* yields; see ``Cache.get_or_load``.
 
-        *name* is what stands for *key* in the plan's shortcut, None: nothing does.
+        Args:
+            key: The store key.
+            loader: What loads it.
+            plan: How.
+            name: What stands for *key* in the plan's shortcut; None: nothing does.
+            tags: Called for the entry's tags, those of the plan's policy apart, where it is to be loaded.
         """
-        session = self._engine.session()
-        reachable = True
-        if plan.refresh:
-            session.l1.drop(key)  # who comes meanwhile joins, whichever way he comes
-        else:
-            if (flight := session.flights.joinable(key)) is not None:
-                return await self.join(flight, plan)
-            hit, reachable = await self._engine.look_up(session, key, plan.classes, share=plan.share)
-            tell_read(hit, plan.observers)
-            if hit is not None:
-                if hit.near is not None and name is not None and plan.shortcut is not None:
-                    plan.shortcut.add(name, hit.near, plan.classes, share=plan.share)
-                return hit.value
-        work = partial(self._fly, session, key, loader, plan, reachable)
-        flight, leads = session.flights.board(key, plan.name, work, anew=plan.refresh, group=plan.owner)
-        if not leads:
-            return await self.join(flight, plan, told=True)
-        if name is not None and plan.shortcut is not None:
-            flight.alias(plan.shortcut.flights, name)
-        landed: _Landed = await session.flights.wait(flight)
-        return landed.value
+        engine = self._engine
+        session = engine.session()
+        flights, rules = session.flights, plan.rules
+        while True:
+            spare: Hit | None = None
+            reachable = True
+            if plan.refresh:
+                session.l1.drop(key)  # who comes meanwhile joins, whichever way he comes
+            else:
+                flight = flights.joinable(key)
+                if flight is not None and not flight.cargo.ahead:
+                    found = await self.join(flight, plan)
+                    if found is not AGAIN:
+                        return found
+                near = session.l1.peek(key) if rules.stale_ttl else None  # before it is looked at, and dropped
+                hit, reachable = await engine.look_up(session, key, plan.classes, plan.takes)
+                if hit is not None and hit.stale is None:
+                    return self._fresh(session, key, hit, loader, plan, name, tags)
+                spare = hit
+                if not reachable and near is not None:
+                    spare = engine.untrusted(near, plan.classes)
+            if spare is not None and self._stands_in_at_once(session, key, spare, loader, plan, tags):
+                return self._stand_in(spare, plan)
+            trip = Trip((*rules.tags, *tags()), spare=spare, seen=spare and spare.head.token)
+            work = Leader(engine, self._writes, key, loader, plan, reachable=reachable).fly
+            flight, leads = flights.board(key, plan.name, work, anew=plan.refresh, group=plan.owner, cargo=trip)
+            if not leads:
+                found = await self.join(flight, plan, spare)
+                if found is AGAIN:
+                    continue
+                return found
+            if spare is None:
+                tell_read(None, plan.observers)
+            if name is not None and plan.shortcut is not None and not plan.refresh:
+                flight.alias(plan.shortcut.flights, name)
+            landed = await self._wait(flight, plan, spare)
+            if landed is AGAIN:
+                continue
+            return landed.value if type(landed) is Landed else landed
+
+    # What is there
+
+    def _fresh(  # noqa: PLR0917  # what a call is made of
+        self,
+        session: Session,
+        key: bytes,
+        hit: Hit,
+        loader: Loader[Any],
+        plan: Plan,
+        name: Hashable,
+        tags: Callable[[], Iterable[str]],
+    ) -> Any:
+        tell_read(hit, plan.observers)
+        if plan.rules.early and self._is_due(session, key, hit, plan):
+            trip = Trip((*plan.rules.tags, *tags()), seen=hit.head.token, ahead=True, behind=True)
+            self._refresh(session, key, loader, plan, trip)
+        if hit.head.codec == FAILURE:
+            raise hit.value
+        if hit.near is not None and name is not None and plan.shortcut is not None:
+            plan.shortcut.add(name, hit.near, plan.classes, share=plan.takes.share)
+        return hit.value
+
+    def _is_due(self, session: Session, key: bytes, hit: Hit, plan: Plan) -> bool:
+        """Whether it is time to refresh ahead; drawn once for an entry in L1, and for each read of the store."""
+        near = hit.near
+        if near is not None and near.is_due():
+            return True
+        ahead = lead(hit.head.cost, plan.rules.early, self._engine.draw())
+        if near is None:
+            if hit.head.fresh_until - self._engine.store.now() <= ahead:
+                return True
+            near = session.l1.peek(key)
+        if near is not None:
+            near.hasten(ahead)
+        return False
+
+    def _stands_in_at_once(  # noqa: PLR0917  # the same
+        self,
+        session: Session,
+        key: bytes,
+        spare: Hit,
+        loader: Loader[Any],
+        plan: Plan,
+        tags: Callable[[], Iterable[str]],
+    ) -> bool:
+        """Whether nobody need wait for a load; starts one in the background where one is wanted."""
+        if session.rests.has(key):
+            return True
+        if plan.rules.soft_timeout != 0:
+            return False
+        trip = Trip((*plan.rules.tags, *tags()), spare=spare, seen=spare.head.token, behind=True)
+        self._refresh(session, key, loader, plan, trip)
+        return True
+
+    def _refresh(self, session: Session, key: bytes, loader: Loader[Any], plan: Plan, trip: Trip) -> None:
+        """Load in the background, unless that is done already or too much of it."""
+        if session.flights.joinable(key) is not None or session.behind >= self._max_refreshes:
+            return
+        work = Leader(self._engine, self._writes, key, loader, plan, reachable=True).fly
+        try:
+            flight, _ = session.flights.board(key, plan.name, work, group=plan.owner, cargo=trip, kept=True)
+        except CircularLoadError:  # a loader that asks for itself, and is served
+            return
+        session.behind += 1
+        assert flight.task is not None
+        flight.task.add_done_callback(lambda _: self._refreshed(session, flight, plan))
+
+    def _refreshed(self, session: Session, flight: Flight, plan: Plan) -> None:
+        session.behind -= 1
+        error = flight.error
+        if isinstance(error, Exception) and not isinstance(error, NothingToDoError):
+            self._engine.warn_once(
+                f"refresh {plan.label} {type(error)}",
+                f"refreshing {plan.label} in the background failed ({type(error).__name__}): what there is stands in",
+            )
+
+    def _stand_in(self, spare: Hit, plan: Plan) -> Any:
+        for observer in plan.observers:
+            observer.stale()
+        return spare.value
+
+    # Waiting
 
     def is_here(self, flight: Flight) -> bool:
         """Whether *flight* is of the running loop's session."""
         return flight.home is self._engine.session().flights
 
-    async def join(self, flight: Flight, plan: Plan, *, told: bool = False) -> Any:
-        """Return what a load in progress yields, where it was another's. *told*: the miss was counted."""
-        if not told:
+    async def join(self, flight: Flight, plan: Plan, spare: Hit | None = None) -> Any:
+        """Return what a load in progress yields, where it was another's; ``AGAIN``: it is not for this caller.
+
+        Args:
+            flight: The load.
+            plan: How this caller wants it.
+            spare: What this caller has found to stand in.
+        """
+        session = self._engine.session()
+        late = flight.begun
+        if late and not await self._still_stands(session, flight):
+            return AGAIN
+        spare = spare or self._spare_of(flight, plan)
+        if spare is None:
             tell_read(None, plan.observers)
-        landed: _Landed = await flight.home.wait(flight)
+        elif plan.rules.soft_timeout == 0 and not flight.landed:
+            return self._stand_in(spare, plan)
+        landed = await self._wait(flight, plan, spare)
+        if type(landed) is not Landed:
+            return landed
+        if landed.doubtful and late:
+            return AGAIN
         for observer in plan.observers:
             observer.coalesced()
             observer.saved(landed.cost)
-        return landed.value if plan.share else landed.copy()
+        return landed.value if plan.takes.share else landed.copy()
 
-    async def _fly(  # noqa: PLR0917  # a partial makes it, in one place
-        self, session: Session, key: bytes, loader: Loader[Any], plan: Plan, reachable: bool, flight: Flight
-    ) -> _Landed:
-        begun = await session.placeholders.begin(key) if reachable else None
-        if begun is not None and begun.frame is not None and not plan.refresh:
-            # Somebody stored it between our lookup and our beginning.
-            hit = self._engine.accept(session, key, begun.frame, plan.classes, None)
-            if hit is not None:
-                stored_payload = unpack(begun.frame, key).payload
-                return _Landed(hit.value, hit.head.codec, stored_payload, plan.classes, hit.head.cost)
-        flight.begun = True
-        held = session.placeholders.hold(key, begun) if begun is not None else None
-        outcome: Outcome | None = None
+    async def _wait(self, flight: Flight, plan: Plan, spare: Hit | None) -> Any:
+        """Return what the flight yields (``Landed``), or what stands in for it; ``AGAIN``: neither."""
         try:
-            value, cost = await self._call(loader, plan)
-            wanted = plan.cache_if is None or plan.cache_if(value)
-            codec, payload = 0, None
-            if wanted or len(flight.waiters) > 1:  # or else only to copy it for the others
-                codec, payload = self._try_encode(value, plan, wanted=wanted)
-            if wanted and payload is not None and begun is not None and not flight.detached:
-                write = self._writes.framed(
-                    key, codec, payload, plan.ttl, fence=begun.fence, cost=cost, owner=plan.owner
-                )
-                outcome = await self._writes.put(session, write)
-            if plan.refresh and outcome not in {"done", "refused"} and not flight.detached:
-                await self._writes.withdraw(session, key)
-            return _Landed(value, codec, payload, plan.classes, cost)
-        finally:
-            if held is not None:
-                session.placeholders.end(held, stored=outcome == "done")
+            landed = await flight.home.wait(flight, None if spare is None else plan.rules.soft_timeout)
+            if landed is not PENDING:
+                if spare is not None:
+                    tell_read(None, plan.observers)  # only now it is no stale hit
+                return landed
+        except NothingToDoError:
+            spare = spare or self._spare_of(flight, plan)
+            if spare is None:
+                return AGAIN
+        except CircularLoadError:
+            raise
+        except Exception as error:
+            failures = plan.rules.failures
+            spare = spare or self._spare_of(flight, plan)
+            is_answer = failures is not None and failures.ttl_of(error) is not None
+            if is_answer or plan.refresh or spare is None or flight.cargo.spare is None:
+                raise
+        assert spare is not None
+        return self._stand_in(spare, plan)
 
-    async def _call(self, loader: Loader[Any], plan: Plan) -> tuple[Any, float]:
-        started, ok = monotonic(), False
+    def _spare_of(self, flight: Flight, plan: Plan) -> Hit | None:
+        """What the flight has found to stand in, for one more reader; None: nothing that this plan takes."""
+        spare: Hit | None = flight.cargo.spare
+        if spare is None or spare.stale is None or not plan.rules.stale_ttl:
+            return None
+        if self._engine.store.now() >= spare.head.fresh_until + plan.rules.stale_ttl:
+            return None
+        if is_immutable(spare.value):
+            return spare
         try:
-            promise = loader()
-            if type(promise) is not CoroutineType and not isinstance(promise, Awaitable):
-                raise TypeError(
-                    f"the loader of {plan.name} returned {type(promise).__name__}, which can't be awaited. Make it an "
-                    "`async def`; wrap blocking code in asyncio.to_thread."
-                )
-            value = await promise
-            ok = True
-        finally:
-            cost = monotonic() - started
-            for observer in plan.observers:
-                observer.load(cost, ok)
-        return value, cost
+            return spare._replace(value=decode(spare.head.codec, spare.stale.payload, plan.classes))
+        except DecodeError:
+            return None
 
-    def _try_encode(self, value: Any, plan: Plan, *, wanted: bool) -> tuple[int, bytes | None]:
+    async def _still_stands(self, session: Session, flight: Flight) -> bool:
+        """Whether nothing has happened to the key, or to its tags, since the load began; else it is detached."""
+        trip: Trip = flight.cargo
+        part = trip.part
+        stands = trip.begun is None or (part is not None and part.holds()) or await self._look(session, flight)
+        if stands and trip.marks:
+            try:
+                stands = (await session.marks.stand(self._engine.root(flight.key), trip.marks)).good
+            except StoreError as error:
+                self._engine.trouble(error)
+        if not stands and session.flights.joinable(flight.key) is flight:
+            session.flights.detach(flight.key)
+        return stands
+
+    async def _look(self, session: Session, flight: Flight) -> bool:
+        """Ask the store whether what the load began with stands: once for all who come in one turn of the loop."""
+        trip: Trip = flight.cargo
+        if trip.look is None:
+            part = self._engine.part(flight.key)
+            future = session.lines.read(self._engine.store_get, flight.key, flight.key)
+            future.add_done_callback(heed)
+            trip.look = part, future
+            session.loop.call_soon(_end_look, trip)
+        part, future = trip.look
         try:
-            return self._writes.encode(value, plan.classes)
-        except (UncacheableError, ValueTooLargeError) as error:
-            if not wanted:
-                return 0, None
-            for observer in plan.observers:
-                observer.error("uncacheable")
-            self._engine.warn_once(f"{plan.label} {type(error)}", f"the result of {plan.label} is not cached: {error}")
-            return 0, None
+            data = await asyncio.shield(future)
+        except StoreError:
+            return True  # then it is as good as any
+        if data is None or trip.begun is None or data[TOKEN] != trip.begun.fence.token:
+            return False
+        trip.part = part
+        return True
+
+
+def _end_look(trip: Trip) -> None:
+    trip.look = None

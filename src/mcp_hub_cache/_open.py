@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from ._async_cache import Seconds
 from ._cache import Cache
-from ._policy import seconds
+from ._durations import seconds
 from ._protocols import Observer, Store
 from ._shortcut import CURRENT
 

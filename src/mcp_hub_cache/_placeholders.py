@@ -20,8 +20,10 @@ from typing import Any, Final
 
 from ._direct import Direct
 from ._exceptions import StoreError
+from ._frame import Kind, frame_of_kind
 from ._lines import Lines
-from ._protocols import Begun, Held, Leases, Store
+from ._protocols import Begun, Held, Leases, Store, Write
+from ._tokens import new_token
 
 HOLD: Final = 10.0
 """Seconds that a placeholder outlives its holder."""
@@ -37,6 +39,7 @@ class Placeholders:
     """
 
     def __init__(self, store: Store, lines: Lines | Direct, trouble: Callable[[StoreError], None]) -> None:
+        self._store = store
         self._lines = lines
         self._trouble = trouble
         self._held: dict[bytes, Held] = {}
@@ -44,6 +47,7 @@ class Placeholders:
         self._leases = store if isinstance(store, Leases) else None
         # Bound once: a line tells kinds of requests apart by the identity of their call.
         self._begin = partial(store.begin_many, hold=HOLD)
+        self._write = store.write_many
         self._release = self._release_many
         if self._leases is not None:
             self._renew = partial(self._leases.renew_many, hold=HOLD)
@@ -70,13 +74,20 @@ class Placeholders:
             self._renewer = asyncio.create_task(self._renew_all(), name="mcp-hub-cache placeholders")
         return held
 
-    def end(self, held: Held, *, stored: bool) -> None:
-        """Stop keeping *held* alive; where nothing was stored in its place, remove it."""
-        if self._held.get(held.key) is not held:
+    def end(self, held: Held, *, stored: bool, over: float = 0.0) -> None:
+        """Stop keeping *held* alive; where nothing was stored in its place, remove it.
+
+        *over*: say in its place, for so many seconds, that there is no value.
+        """
+        key = held.key
+        if self._held.get(key) is not held:
             return
-        del self._held[held.key]
-        if not stored and self._leases is not None:
-            self._lines.write(self._release, held.key, held).add_done_callback(heed)
+        del self._held[key]
+        if over and not stored:
+            frame = frame_of_kind(Kind.OVER, key, new_token(), self._store.now(), over)
+            self._lines.write(self._write, key, Write(key, frame, over, held.fence)).add_done_callback(heed)
+        elif not stored and self._leases is not None:
+            self._lines.write(self._release, key, held).add_done_callback(heed)
 
     async def _release_many(self, held: Sequence[Held]) -> list[None]:
         assert self._leases is not None

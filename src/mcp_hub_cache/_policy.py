@@ -1,120 +1,239 @@
-"""Decisions about time, as pure functions: what a duration means, how long an entry lives, how fresh it is now.
+"""``Policy``: how results are kept, refreshed and shared. Options, checked together, once.
 
 Rules:
-- Durations are seconds as float once they are in; ``FOREVER`` is infinity.
-- Expiry is absolute, on the store's clock. Nothing lives longer than it was given at its writing; only ``touch``
-  extends it.
-- A head that comes from the future (by more than ``SKEW``) was written under a clock that has since been set back. It
-  is expired: a miss is cheaper than an entry that lives for a year.
+- Durations are seconds as float once they are in.
+- What contradicts itself is an error that says what to change, when the policy is made: at decoration.
+- A policy never changes: what a loader decides for its one entry (``current_entry``) touches no policy.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-import re
-from datetime import timedelta
-from enum import Enum
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final, Literal, NamedTuple, Self
 
-if TYPE_CHECKING:
-    from ._frame import Head
+from ._async_cache import Seconds
+from ._durations import seconds
+from ._failures import Failures, check_class
+from ._tags import as_tags
 
-FOREVER: Final = math.inf
-"""As a ttl: never expires."""
+Coalesce = Literal["process", "fleet"]
+AfterWait = Literal["load", "stale", "error"]
 
-SKEW: Final = 5.0
-"""Seconds that two hosts' idea of the store's clock may differ by."""
+THROTTLE: Final = 30.0
+WAIT: Final = 30.0
+MAX_EARLY: Final = 100.0
 
-MAX_SECONDS: Final = 100 * 365 * 86_400.0
-"""The longest finite duration, a hundred years: what Redis can take in milliseconds, and then some."""
-
-_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
-_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)\s*", re.ASCII)
-_TAKES: Final = 'seconds as a number, text with units such as "90s", "10m", "1h30m", a timedelta, or FOREVER'
+_HOW_TO_STAND_IN: Final = 'give a stale_ttl, such as stale_ttl="1h", for which an entry is kept to stand in'
 
 
-def seconds(value: object, what: str = "ttl") -> float:
-    """Return *value* as seconds: more than 0, possibly ``FOREVER``.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """How results are kept, refreshed and shared; for ``@acached``, ``get_or_load``, ``set``, and any number of them.
+
+    Every duration is seconds as a number, text with units ("10m", "1h30m", "250ms") or a ``timedelta``; once in the
+    policy, it is seconds as float.
 
     Args:
-        value: A number of seconds, text with units (ms, s, m, h, d, w; "1h30m"), or a ``timedelta``.
-        what: The option's name, for the error.
+        ttl: How long a result stays fresh, more than 0; a function that gives it for a result (0 or less: the result
+            is not stored); None: the cache's default; ``FOREVER``: no end.
+        jitter: Up to so much is taken off each entry's ttl by chance, so that what was stored together does not expire
+            together; less than *ttl*.
+        stale_ttl: How much longer it may stand in where a load fails (fail-safe) or is slow (*soft_timeout*); 0: not at
+            all. ``get`` never returns it.
+        throttle: After a failed load, stale entries stand in for so long before the next try, in the whole fleet;
+            None: 30 seconds.
+        soft_timeout: With something stale at hand, wait only so long for the load, then serve what is stale while
+            the load goes on in the background. 0: serve it at once (stale-while-revalidate). None: wait.
+        timeout: A loader that takes longer is cancelled, and who waits gets ``LoadTimeoutError``, or what is stale.
+            None: no bound.
+        early: Refresh in the background ahead of expiry, at random, the sooner the longer loading takes: the beta of
+            XFetch (Vattani and others, VLDB 2015), 0 to 100. 1 is a good value; 0: never.
+        cache_if: Called with a result; false: it is returned, not stored.
+        cache_errors: Exceptions that are answers, and how long each is cached: ``{NotFound: "30s"}``. Raised again,
+            rebuilt from class, args and attributes, without traceback and cause.
+        tags: Marks for ``invalidate``.
+        coalesce: "process": one load per key in a process. "fleet": one in all processes that share the store; the
+            others wait for its result. None: as the cache is set.
+        wait_timeout: How long to wait for another process's load; None: 30 seconds.
+        on_wait_timeout: Then "load" themselves, serve what is "stale" if there is something and else load, or raise
+            "error", a ``LoadTimeoutError``. None: load.
 
     Raises:
-        ValueError: It is 0 or less, not a number, a bool, longer than a hundred years but finite, or text that is no
-            duration.
-        TypeError: It is of another type altogether.
+        ValueError: An option is out of range, or contradicts another.
+        TypeError: An option is of the wrong type, or *cache_errors* names what can't be rebuilt.
+
+    Example:
+        >>> shared = Policy(ttl="10m", stale_ttl="1h", soft_timeout=0)
+        >>> shared.replace(ttl="1m").ttl
+        60.0
     """
-    match value:
-        case bool():
-            raise ValueError(f"{what} must be {_TAKES}, not the bool {value!r}")
-        case int() | float():
-            result = _from_number(value)
-        case str():
-            result = _from_text(value, what)
-        case timedelta():
-            result = value.total_seconds()
-        case _:
-            raise TypeError(f"{what} must be {_TAKES}, not {type(value).__name__}")
-    if not result > 0:  # also catches NaN
-        raise ValueError(f"{what} must be more than 0 seconds, not {value!r}; for no expiry pass FOREVER")
-    if MAX_SECONDS < result < math.inf:
-        raise ValueError(f"{what} must be at most a hundred years, not {value!r}; for no expiry pass FOREVER")
-    return result
+
+    ttl: Seconds | Callable[[Any], Seconds] | None = None
+    jitter: Seconds = 0.0
+    stale_ttl: Seconds = 0.0
+    throttle: Seconds | None = None
+    soft_timeout: Seconds | None = None
+    timeout: Seconds | None = None
+    early: float = 0.0
+    cache_if: Callable[[Any], bool] | None = None
+    cache_errors: Mapping[type[Exception], Seconds] | None = None
+    tags: Iterable[str] = ()
+    coalesce: Coalesce | None = None
+    wait_timeout: Seconds | None = None
+    on_wait_timeout: AfterWait | None = None
+
+    def __post_init__(self) -> None:
+        """Check it, and make seconds of durations."""
+        if self.ttl is not None and not callable(self.ttl):
+            self._put("ttl", seconds(self.ttl))
+        self._put("jitter", seconds(self.jitter, "jitter", zero=True, endless=False))
+        self._put("stale_ttl", seconds(self.stale_ttl, "stale_ttl", zero=True))
+        for name in ("throttle", "soft_timeout"):
+            if (given := getattr(self, name)) is not None:
+                self._put(name, seconds(given, name, zero=True, endless=False))
+        for name in ("timeout", "wait_timeout"):
+            if (given := getattr(self, name)) is not None:
+                self._put(name, seconds(given, name, endless=False))
+        self._put("early", _early(self.early))
+        self._check_functions()
+        self._put("cache_errors", _cache_errors(self.cache_errors))
+        self._put("tags", as_tags(self.tags))
+        if self.coalesce not in {None, "process", "fleet"}:
+            raise ValueError(f'coalesce must be "process" or "fleet", not {self.coalesce!r}')
+        if self.on_wait_timeout not in {None, "load", "stale", "error"}:
+            raise ValueError(f'on_wait_timeout must be "load", "stale" or "error", not {self.on_wait_timeout!r}')
+        self._refuse_contradictions()
+
+    def _put(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_functions(self) -> None:
+        if self.cache_if is not None and not callable(self.cache_if):
+            raise TypeError(f"cache_if must be a function of the result, not {type(self.cache_if).__name__}")
+        for name in ("cache_if", "ttl"):
+            if inspect.iscoroutinefunction(getattr(self, name)):
+                raise TypeError(f"{name} must be a plain function: nothing is awaited for its answer")
+
+    def _refuse_contradictions(self) -> None:
+        if not self.stale_ttl:
+            for name in ("soft_timeout", "throttle"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs something stale to serve: {_HOW_TO_STAND_IN}, or leave {name} out")
+            if self.on_wait_timeout == "stale":
+                raise ValueError(f'on_wait_timeout="stale" needs something stale to serve: {_HOW_TO_STAND_IN}')
+        soft, hard = self.soft_timeout, self.timeout
+        if isinstance(soft, float) and isinstance(hard, float) and soft >= hard:
+            raise ValueError(
+                f"soft_timeout ({soft:g} s) must be less than timeout ({hard:g} s), which ends the load: lower the one "
+                "or raise the other"
+            )
+        if self.ttl == math.inf:
+            for name in ("jitter", "early", "stale_ttl"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} means nothing where ttl is FOREVER: leave it out, or give a finite ttl")
+        elif isinstance(self.ttl, float) and isinstance(self.jitter, float) and self.jitter >= self.ttl:
+            raise ValueError(f"jitter ({self.jitter:g} s) must be less than ttl ({self.ttl:g} s), which it shortens")
+        if self.coalesce == "process" and (self.wait_timeout is not None or self.on_wait_timeout is not None):
+            raise ValueError(
+                'wait_timeout and on_wait_timeout are for waiting on other processes: say coalesce="fleet", or leave '
+                "them out"
+            )
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a policy that differs from this one in *changes*, checked as a whole."""
+        return replace(self, **changes)
 
 
-def _from_number(value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return MAX_SECONDS * 2
+class Rules(NamedTuple):
+    """A policy as the engine takes it: nothing left open, durations as seconds. Fields are named as ``Policy``'s.
+
+    Attributes:
+        failures: Of ``cache_errors``; None: no exception is an answer.
+        fleet: Coalesce in the whole fleet.
+    """
+
+    ttl: float | Callable[[Any], Seconds]
+    jitter: float
+    stale_ttl: float
+    throttle: float
+    soft_timeout: float | None
+    timeout: float | None
+    early: float
+    cache_if: Callable[[Any], bool] | None
+    failures: Failures | None
+    tags: tuple[str, ...]
+    fleet: bool
+    wait_timeout: float
+    on_wait_timeout: AfterWait
 
 
-def _from_text(text: str, what: str) -> float:
-    total, at, stripped = 0.0, 0, text.strip()
-    while at < len(stripped):
-        part = _PART.match(stripped, at)
-        if part is None:
-            break
-        total += float(part[1]) * _UNITS[part[2]]
-        at = part.end()
-    if not stripped or at < len(stripped):
-        raise ValueError(f"{what} must be {_TAKES}, not the text {text[:40]!r}")
-    return min(total, MAX_SECONDS * 2)  # digits without end are no way to say FOREVER
+def rules_of(policy: Policy, *, default_ttl: float, coalesce: Coalesce) -> Rules:
+    """Return what *policy* means for a cache with these defaults.
+
+    Raises:
+        ValueError: It contradicts them.
+    """
+    given: Any = policy  # its fields are seconds by now
+    ttl = default_ttl if given.ttl is None else given.ttl
+    if ttl is default_ttl:
+        policy.replace(ttl=default_ttl)  # whether they go together
+    return Rules(
+        ttl=ttl,
+        jitter=given.jitter,
+        stale_ttl=given.stale_ttl,
+        throttle=THROTTLE if given.throttle is None else given.throttle,
+        soft_timeout=given.soft_timeout,
+        timeout=given.timeout,
+        early=given.early,
+        cache_if=given.cache_if,
+        failures=None if given.cache_errors is None else Failures(given.cache_errors),
+        tags=given.tags,
+        fleet=(given.coalesce or coalesce) == "fleet",
+        wait_timeout=WAIT if given.wait_timeout is None else given.wait_timeout,
+        on_wait_timeout=given.on_wait_timeout or "load",
+    )
 
 
-class Span(NamedTuple):
-    """When an entry stops being fresh, and when it may be dropped. Absolute, in the store's time."""
+def changed(policy: object, changes: Mapping[str, object]) -> Policy:
+    """Return *policy*, the default where it is None, with those of *changes* that are not None.
 
-    fresh_until: float
-    keep_until: float
-
-    def keep(self, now: float) -> float | None:
-        """What to tell the store: seconds to keep it from *now*, None for ever."""
-        return None if self.keep_until == math.inf else self.keep_until - now
-
-
-def span(now: float, ttl: float, stale_ttl: float = 0.0) -> Span:
-    """Return the span of an entry written at *now* that stays fresh for *ttl* and stands in for *stale_ttl* more."""
-    fresh_until = now + ttl
-    return Span(fresh_until, fresh_until + stale_ttl)
-
-
-class Freshness(Enum):
-    """What may be done with an entry at a moment."""
-
-    FRESH = "fresh"
-    STALE = "stale"  # may stand in where a load fails or is slow
-    EXPIRED = "expired"
+    Raises:
+        TypeError: It is no policy, there is no such option, or one is of the wrong type.
+        ValueError: An option is out of range, or contradicts another.
+    """
+    base = DEFAULT if policy is None else policy
+    if not isinstance(base, Policy):
+        raise TypeError(f'policy must be a Policy, not {type(policy).__name__}: Policy(ttl="10m")')
+    given = {name: value for name, value in changes.items() if value is not None}
+    if not FIELDS.issuperset(given):
+        unknown = ", ".join(sorted(given.keys() - FIELDS))
+        raise TypeError(f"there is no option {unknown}; a policy has {', '.join(sorted(FIELDS))}")
+    return base.replace(**given) if given else base
 
 
-def is_fresh(head: Head, now: float) -> bool:
-    """Whether ``freshness`` says so: what every read asks."""
-    return head.created - SKEW <= now < head.fresh_until and now < head.keep_until
+def _early(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"early must be a number, the beta of XFetch (1 is a good value), not {type(value).__name__}")
+    if not 0 <= value <= MAX_EARLY:
+        raise ValueError(f"early must be 0 to {MAX_EARLY:g}, not {value!r}; 1 is a good value")
+    return float(value)
 
 
-def freshness(head: Head, now: float) -> Freshness:
-    """Say how fresh the entry with *head* is at *now*, in the store's time."""
-    if is_fresh(head, now):
-        return Freshness.FRESH
-    return Freshness.STALE if head.created - SKEW <= now < head.keep_until else Freshness.EXPIRED
+def _cache_errors(given: object) -> Mapping[type[Exception], float] | None:
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"cache_errors must be a mapping of exception classes to durations, not {type(given).__name__}: "
+            'cache_errors={NotFound: "30s"}'
+        )
+    for each in given:
+        check_class(each)
+    return {each: seconds(ttl, f"cache_errors[{each.__qualname__}]") for each, ttl in given.items()} or None
+
+
+FIELDS: Final = frozenset(field.name for field in fields(Policy))
+DEFAULT: Final = Policy()

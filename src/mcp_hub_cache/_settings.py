@@ -30,8 +30,8 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from ._durations import seconds
 from ._exceptions import SettingsError
-from ._policy import seconds
 
 __all__ = ["Settings", "load_settings"]
 

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from ._flight import Flight
     from ._near import Near
 
+AGAIN: Final = object()
+"""What joining a load answers where it is not for that caller, who is to look for himself."""
+
 _NAMES: Final = frozenset((str, int, bool, bytes, type(None)))
 _FIXED: Final = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 

@@ -12,9 +12,10 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from ._engine import OWNED, Engine, Session
+from ._engine import Engine, Session
 from ._exceptions import StoreError, StoreMisconfiguredError
 from ._frame import Kind, Mark, peek
+from ._marks import OWNED
 from ._protocols import StoreState
 from ._writes import Writes
 
@@ -31,16 +32,35 @@ class Upkeep:
 
     async def scan(self, prefix: bytes) -> AsyncGenerator[bytes, None]:
         """Yield the keys of fresh entries under *prefix*; ends early, with a word in the log, if the store fails."""
-        self._engine.session()
+        session = self._engine.session()
         try:
             async with aclosing(self._store.scan(prefix)) as pages:
                 async for page in pages:
-                    for key, head in page:
-                        if self._engine.fresh_head(head) is not None:
+                    marked: list[bytes] = []
+                    for key, data in page:
+                        if (head := self._engine.fresh_head(data)) is None:
+                            continue
+                        if head.mark_count:  # a head alone does not say which
+                            marked.append(key)
+                        else:
                             yield key
+                    for key in await self._standing(session, marked):
+                        yield key
         except StoreError as error:
             self._engine.trouble(error)
             log.error("listing of the %s cache is incomplete: %s", self._store.name, error)
+
+    async def _standing(self, session: Session, keys: list[bytes]) -> list[bytes]:
+        """Those of *keys* whose entries' marks stand."""
+        if not keys:
+            return []
+        frames = [
+            (key, frame)
+            for key, data in zip(keys, await self._store.get_many(keys), strict=True)
+            if (frame := self._engine.intact(key, data)) is not None
+        ]
+        standing = await self._engine.stand_all(session, frames) if frames else []
+        return [key for (key, _), one in zip(frames, standing, strict=True) if one.good]
 
     async def count(self, prefix: bytes) -> int:
         """How many fresh entries there are under *prefix*."""

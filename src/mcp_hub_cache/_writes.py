@@ -9,20 +9,30 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
-from typing import Any, Final
+import math
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any, Final, NamedTuple
 
 from ._classes import ClassSet
 from ._codec import encode
-from ._engine import CHUNK, OWNED, Engine, Session, every
+from ._engine import CHUNK, Engine, Session, every
 from ._exceptions import StoreError, ValueTooLargeError
-from ._frame import Mark, pack, patch_head
+from ._frame import Frame, Mark, pack, patch_head
+from ._freshness import Span, span
 from ._placeholders import heed
-from ._policy import span
 from ._protocols import Fence, Outcome, Patch, Write
+from ._tags import ANY_DIGEST, mark_key, tag_digest
 from ._tokens import new_token
 
 _TRIES: Final = 3  # for what is compared and written: others may be quicker so often
+
+
+class Life(NamedTuple):
+    """How long an entry is to live: seconds fresh, further seconds kept to stand in, and what chance may take away."""
+
+    ttl: float
+    stale_ttl: float = 0.0
+    jitter: float = 0.0
 
 
 class Writes:
@@ -57,22 +67,42 @@ class Writes:
             )
         return codec, payload
 
-    async def write(self, key: bytes, codec: int, payload: bytes, ttl: float) -> None:
+    async def write(
+        self,
+        key: bytes,
+        codec: int,
+        payload: bytes,
+        life: Life,
+        tags: Iterable[str] = (),
+    ) -> None:
         """Store one entry, unconditionally: wins over loads in progress."""
         session = self._engine.session()
         session.forget(key)
-        write = self.framed(key, codec, payload, ttl)
+        marks = await self._marks(session, key, tags) if tags else ()
+        if marks is None:  # it would outlive the next invalidation of its tags
+            await self.withdraw(session, key)
+            return
+        write = self.framed(key, codec, payload, life, marks=marks)
         outcome = await self._submit(session, self._write, key, write, len(write.frame))
         if outcome != "done" and isinstance(outcome, StoreError):
             await self.withdraw(session, key, outcome)
 
-    async def write_many(self, entries: Sequence[tuple[bytes, int, bytes]], ttl: float) -> None:
-        """Store (key, codec, payload) each, unconditionally: wins over loads in progress."""
+    async def _marks(self, session: Session, key: bytes, tags: Iterable[str]) -> tuple[Mark, ...] | None:
+        taken = await session.marks.taken(session.marks.take(self._engine.root(key), map(tag_digest, tags)))
+        return None if taken is None else tuple([Mark(digest, mark) for digest, mark in taken.items()])
+
+    async def write_many(self, entries: Sequence[tuple[bytes, int, bytes, Life]], tags: Iterable[str] = ()) -> None:
+        """Store (key, codec, payload, life) each, unconditionally: wins over loads in progress."""
         session = self._engine.session()
-        for key, _, _ in entries:
+        for key, *_ in entries:
             session.forget(key)
+        marks = await self._marks(session, entries[0][0], tags) if tags and entries else ()
         for start in range(0, len(entries), CHUNK):
-            writes = [self.framed(*entry, ttl) for entry in entries[start : start + CHUNK]]
+            chunk = entries[start : start + CHUNK]
+            if marks is None:
+                await self._submit_all(session, self._delete, [(key, key) for key, *_ in chunk])
+                continue
+            writes = [self.framed(*entry, marks=marks) for entry in chunk]
             outcomes = await self._submit_all(session, self._write, [(one.key, one) for one in writes])
             for write, outcome in zip(writes, outcomes, strict=True):
                 if isinstance(outcome, StoreError):
@@ -101,15 +131,15 @@ class Writes:
         key: bytes,
         codec: int,
         payload: bytes,
-        ttl: float,
+        life: Life,
         *,
         fence: Fence | None = None,
         cost: float = 0.0,
-        owner: bytes | None = None,
+        marks: tuple[Mark, ...] = (),
     ) -> Write:
-        """Return the write of a new entry, as of now."""
+        """Return the write of a new entry, as of now; sees that its marks live as long as it does."""
         now = self._store.now()
-        until = span(now, ttl)
+        until = self._span(now, life)
         frame = pack(
             key,
             payload,
@@ -119,9 +149,31 @@ class Writes:
             fresh_until=until.fresh_until,
             keep_until=until.keep_until,
             cost=cost,
-            marks=() if owner is None else (Mark(owner, OWNED),),
+            marks=marks,
         )
+        if marks:
+            self._prolong(key, marks, until.keep_until - now)
         return Write(key, frame, until.keep(now), fence)
+
+    def _span(self, now: float, life: Life) -> Span:
+        ttl, stale_ttl, jitter = life
+        return span(now, ttl, stale_ttl, jitter, self._engine.draw()) if jitter else span(now, ttl, stale_ttl)
+
+    def _prolong(self, key: bytes, marks: tuple[Mark, ...], keep: float) -> None:
+        self._engine.session().marks.prolong(self._engine.root(key), marks, keep)
+
+    def patched(self, key: bytes, frame: Frame, life: Life) -> Patch:
+        """Return the patch that lets the entry in *frame* live anew from now; sees to its marks."""
+        now, head = self._store.now(), frame.head
+        until = self._span(now, life)
+        patched = patch_head(head, fresh_until=until.fresh_until, keep_until=until.keep_until)
+        self._prolong(key, frame.marks, until.keep_until - now)
+        # The serving store's id: a switch of stores in between makes it refuse.
+        return Patch(key, Fence(self._store.id, head.token), patched, until.keep(now))
+
+    def patch(self, session: Session, patch: Patch) -> Coroutine[Any, Any, Outcome]:
+        """Carry out a patch."""
+        return self._submit(session, self._patch, patch.key, patch)
 
     def put(self, session: Session, write: Write) -> Coroutine[Any, Any, Outcome]:
         """Carry out a fenced write."""
@@ -137,19 +189,21 @@ class Writes:
             self._engine.trouble(outcome)
         return outcome
 
-    async def add(self, key: bytes, codec: int, payload: bytes, ttl: float) -> bool:
+    async def add(self, key: bytes, codec: int, payload: bytes, life: Life, tags: Iterable[str] = ()) -> bool:
         """Store only where no fresh entry is: begin, then write what the beginning's token allows."""
         session = self._engine.session()
         for _ in range(_TRIES):
+            marks = await self._marks(session, key, tags) if tags else ()
             begun = await session.placeholders.begin(key)
-            if begun is None:
+            if begun is None or marks is None:
                 return False
             held = session.placeholders.hold(key, begun) if begun.leader else None
             outcome: Outcome = "refused"
             try:
-                if self._engine.fresh_frame(key, begun.frame) is not None:
+                if await self._engine.fresh_frame(session, key, begun.frame) is not None:
                     return False
-                outcome = await self.put(session, self.framed(key, codec, payload, ttl, fence=begun.fence))
+                write = self.framed(key, codec, payload, life, fence=begun.fence, marks=marks)
+                outcome = await self.put(session, write)
             finally:
                 if held is not None:
                     session.placeholders.end(held, stored=outcome == "done")
@@ -161,21 +215,45 @@ class Writes:
         return False
 
     async def touch(self, key: bytes, ttl: float) -> bool:
-        """Give the fresh entry under *key* a new ttl from now."""
+        """Give the fresh entry under *key* a new ttl from now; what it may stand in beyond that stays as long."""
         session = self._engine.session()
         for _ in range(_TRIES):
-            head = await self._engine.head(key)
-            if head is None:
+            frame = await self._engine.frame(key)
+            if frame is None:
                 return False
-            now = self._store.now()
-            until = span(now, ttl)
-            patched = patch_head(head, fresh_until=until.fresh_until, keep_until=until.keep_until)
-            # The serving store's id: a switch of stores in between makes it refuse, and the next try finds out.
-            fence = Fence(self._store.id, head.token)
-            outcome = await self._submit(session, self._patch, key, Patch(key, fence, patched, until.keep(now)))
+            head = frame.head
+            stale_ttl = head.keep_until - head.fresh_until if head.fresh_until < math.inf else 0.0
+            outcome = await self.patch(session, self.patched(key, frame, Life(ttl, stale_ttl)))
             if outcome != "refused":
                 return outcome == "done"
         return False
+
+    async def invalidate(self, root: bytes, tags: Iterable[str]) -> bool:
+        """Invalidate *tags* in the namespace whose keys begin with *root*; whether the store has taken note.
+
+        Cancellation: what has begun is carried out.
+        """
+        digests = [tag_digest(tag) for tag in tags]
+        session = self._engine.session()
+        wanted = frozenset(digests)
+        session.flights.detach_all(root, only=lambda flight: flight.cargo.is_of(wanted))
+        return await asyncio.shield(session.run(self._invalidate(session, root, digests)))
+
+    async def _invalidate(self, session: Session, root: bytes, digests: Sequence[bytes]) -> bool:
+        # Whoever adds a tag inside its loader takes the tag's mark and then looks whether "any" still stands: in this
+        # order it can't have both the new mark of the one and the old mark of the other.
+        told = True
+        for chunk in ([ANY_DIGEST], digests):
+            keys = [mark_key(root, digest) for digest in chunk]
+            for key in keys:
+                session.marks.forget(key)
+            for start in range(0, len(keys), CHUNK):
+                asked = [(key, key) for key in keys[start : start + CHUNK]]
+                for answer in await self._submit_all(session, self._delete, asked):
+                    if isinstance(answer, StoreError):
+                        self._engine.trouble(answer)
+                        told = False
+        return told
 
     async def delete_many(self, keys: Sequence[bytes]) -> int:
         """Remove; answer how many fresh entries went. Wins over loads in progress."""

@@ -145,7 +145,7 @@ class Batches:
         def prolong(shelf: Shelf, at: int, place: Place) -> bool:
             frame = shelf.frame(place.name) if self._holds(shelf, place, held[at].fence) else None
             head = peek(frame) if frame is not None else None
-            if frame is None or head is None or head.kind not in (Kind.PLACEHOLDER, Kind.LEASE):
+            if frame is None or head is None or head.kind not in (Kind.PLACEHOLDER, Kind.MARK, Kind.OVER):
                 return False
             until = self._folder.clock() + hold
             self._put(shelf, place, patch_head(head, fresh_until=until, keep_until=until) + frame[HEAD_SIZE:])

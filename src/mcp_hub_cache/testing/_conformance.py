@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from .._frame import HEAD_SIZE, TOKEN, Kind, Mark, pack, patch_head, placeholder, unpack, unpack_head
-from .._policy import span
+from .._freshness import span
 from .._protocols import Coherent, Fence, Held, Leases, Patch, Store, Write
 
 

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcp_hub_cache import FOREVER
+from mcp_hub_cache._durations import MAX_SECONDS, seconds
 from mcp_hub_cache._frame import Head, pack, unpack_head
-from mcp_hub_cache._policy import MAX_SECONDS, SKEW, Freshness, freshness, seconds, span
+from mcp_hub_cache._freshness import SKEW, Freshness, freshness, span
 
 NOW = 1_700_000_000.0
 

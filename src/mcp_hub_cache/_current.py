@@ -1,0 +1,144 @@
+"""``current_entry()``: what a running loader may see and decide of the entry that it loads.
+
+Strategy: a context variable holds one object per load, made before the loader is called and closed when it has ended.
+What the loader decides is for this one entry: no policy is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from typing import Any, Final
+
+from ._async_cache import MISSING, MissingType, Seconds
+from ._durations import seconds
+from ._tags import check_tag
+
+_current: Final[ContextVar[Decided | None]] = ContextVar("mcp_hub_cache_entry", default=None)
+
+
+class Tags(set[str]):
+    """The tags of one entry. What is added is checked at once."""
+
+    def add(self, tag: str, /) -> None:
+        """Mark the entry with *tag*.
+
+        Raises:
+            TypeError: It is no text.
+            ValueError: It is empty, or longer than 1,024 characters.
+        """
+        check_tag(tag)
+        super().add(tag)
+
+    def update(self, *others: Iterable[str]) -> None:
+        """Mark the entry with all tags of *others*; raises as ``add``."""
+        for tag in (tag for other in others for tag in other):
+            self.add(tag)
+
+
+class Decided:
+    """What is decided of one entry while it is loaded.
+
+    Attributes:
+        ttl: Seconds it will stay fresh, as the loader said; None: it said nothing.
+        planned: As the policy says; None: a function of the result says.
+        tags: See ``CurrentEntry``.
+        skipped: It is not to be stored.
+        unchanged: What the loader was given as not modified; ``MISSING``: it did not ask.
+        closed: The loader has ended.
+    """
+
+    __slots__ = ("closed", "planned", "read", "skipped", "tags", "ttl", "unchanged")
+
+    def __init__(self, planned: float | None, tags: Iterable[str], read: Callable[[], Any] | None) -> None:
+        self.ttl: float | None = None
+        self.planned = planned
+        self.tags = Tags(tags)
+        self.read = read
+        self.skipped = False
+        self.unchanged: Any = MISSING
+        self.closed = False
+
+    def open(self) -> None:
+        """Let ``current_entry`` lead here, in this context."""
+        _current.set(self)
+
+
+class CurrentEntry:
+    """The entry that the running loader loads. See ``current_entry``."""
+
+    __slots__ = ("_decided",)
+
+    def __init__(self, decided: Decided) -> None:
+        self._decided = decided
+
+    @property
+    def tags(self) -> set[str]:
+        """Marks for ``invalidate``: those of the policy, to which the loader may add.
+
+        A tag added here is good against every invalidation since the load began. Raises as ``Policy`` does for tags.
+        """
+        return self._decided.tags
+
+    @property
+    def ttl(self) -> float | None:
+        """Seconds that the result will stay fresh; None: a function of the result will say.
+
+        Set it to a duration, more than 0, or ``FOREVER``: it wins over the policy's.
+        """
+        return self._decided.planned if self._decided.ttl is None else self._decided.ttl
+
+    @ttl.setter
+    def ttl(self, ttl: Seconds) -> None:
+        self._decided.ttl = seconds(ttl)
+
+    def skip(self) -> None:
+        """Let the result go to those who wait for it, and not be stored."""
+        self._decided.skipped = True
+
+    @property
+    def stale_value(self) -> Any | MissingType:
+        """A copy of what is stored now, stale or about to be; ``MISSING``: nothing usable is."""
+        return MISSING if self._decided.read is None else self._decided.read()
+
+    def not_modified(self) -> Any:
+        """Return what is stored now, for the loader to return; it is kept for another ttl, and not written again.
+
+        For origins that can say "not modified" (RFC 9110, 15.4.5).
+
+        Raises:
+            LookupError: Nothing usable is stored: look at ``stale_value`` before asking conditionally.
+        """
+        value = self.stale_value
+        if value is MISSING:
+            raise LookupError(
+                "nothing is stored that could be unmodified: ask unconditionally where stale_value is MISSING"
+            )
+        self._decided.unchanged = value
+        return value
+
+
+def current_entry() -> CurrentEntry:
+    """Return what may be decided of the entry that the running loader loads.
+
+    Example:
+        >>> @acached(ttl="1h", stale_ttl="1d")
+        ... async def page(url: str) -> str:
+        ...     entry = current_entry()
+        ...     answer = await fetch(url, old=entry.stale_value)
+        ...     if answer.status == 304:
+        ...         return entry.not_modified()
+        ...     entry.ttl = answer.max_age
+        ...     entry.tags.add(f"host:{answer.host}")
+        ...     return answer.text
+
+    Raises:
+        LookupError: No loader of a cache runs in this context, or it has ended.
+    """
+    decided = _current.get()
+    if decided is None or decided.closed:
+        raise LookupError(
+            "there is no current entry: current_entry() is for functions while a cache loads by them (@acached, "
+            "get_or_load), not after, and not for uncached calls"
+        )
+    return CurrentEntry(decided)

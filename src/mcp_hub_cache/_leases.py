@@ -1,0 +1,119 @@
+"""Leases of a fleet: who loads, who waits for whom, and how long nobody need try again.
+
+Strategy: whoever begins a load plants a placeholder (``_placeholders``): under the entry's own key where there is no
+entry, which is at once the fence; under a key beside it (kind letter r) where a stale entry stands, which keeps its
+token. Others find it there. A load that ends without a value leaves a frame that says so (``Kind.OVER``) in place of
+its placeholder: under the entry's key, that nobody need queue for what is not going to be stored; beside it, that the
+next try rests for a while (fail-safe's throttle).
+
+Rules:
+- A lease limits work and decides nothing: whether a result is stored is decided by the entry's token alone.
+- Waiters are woken by the store's changes, and look by themselves once in a while: a wake-up that is lost costs that
+  while, no more. Where the store tells of no changes, they look more often.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic
+from typing import Any, Final
+
+from ._direct import Direct
+from ._exceptions import StoreError
+from ._frame import TOKEN, Kind, peek
+from ._lines import Lines
+from ._protocols import Begun, Coherent, Store
+
+_POLL: Final = 1.0  # seconds between looks where changes are told
+_FIRST_LOOK: Final = 0.01  # where none are: the first pause, its growth, the longest
+_LOOKS: Final = 1.5
+_LONGEST_LOOK: Final = 0.25
+OVER: Final = 1.0  # seconds that "there is no value" is said under an entry's key
+_MOST_RESTING: Final = 10_000
+
+
+def beside(root: bytes, key: bytes) -> bytes:
+    """Return the key of the lease on refreshing *key*. *root*: what all keys of its namespace begin with."""
+    return root + b"r:" + key[len(root) :]
+
+
+def is_rival(begun: Begun) -> bool:
+    """Whether what was found is a placeholder; the caller knows that it is not its own."""
+    head = None if begun.frame is None else peek(begun.frame)
+    return head is not None and head.kind == Kind.PLACEHOLDER
+
+
+def rest_of(begun: Begun, now: float) -> float:
+    """Seconds for which the frame that was found says that nobody need try again; 0: it does not."""
+    head = None if begun.frame is None else peek(begun.frame)
+    return 0.0 if head is None or head.kind != Kind.OVER else max(0.0, head.keep_until - now)
+
+
+class Rests:
+    """The keys whose next load rests, as this process knows, on the monotonic clock."""
+
+    def __init__(self) -> None:
+        self._until: dict[bytes, float] = {}
+
+    def note(self, key: bytes, seconds: float) -> None:
+        """Let *key* rest for *seconds* from now."""
+        self._until.pop(key, None)
+        self._until[key] = monotonic() + seconds
+        if len(self._until) > _MOST_RESTING:
+            del self._until[next(iter(self._until))]
+
+    def has(self, key: bytes) -> bool:
+        """Whether *key* rests."""
+        until = self._until.get(key)
+        if until is None:
+            return False
+        if monotonic() >= until:
+            del self._until[key]
+            return False
+        return True
+
+    def end(self, key: bytes) -> None:
+        """Let *key* be loaded."""
+        self._until.pop(key, None)
+
+
+class Rivals:
+    """Waiting for the loads of others.
+
+    Args:
+        store: Where their placeholders stand.
+        lines: The way there.
+    """
+
+    def __init__(self, store: Store, lines: Lines | Direct) -> None:
+        self._lines = lines
+        self._get = store.get_many
+        self._coherent = store if isinstance(store, Coherent) else None
+
+    async def over(self, key: bytes, token: bytes, deadline: float) -> bool:
+        """Return True when *token* no longer stands under *key*, or can't be asked for; False at *deadline*.
+
+        The deadline is on the monotonic clock.
+        """
+        pause = _FIRST_LOOK
+        while True:
+            stamp = None if self._coherent is None else self._coherent.stamp(key)  # from before the look
+            try:
+                data: bytes | None = await self._lines.read(self._get, key, key)
+            except StoreError:
+                return True  # who begins now will be told
+            if data is None or data[TOKEN] != token:
+                return True
+            left = deadline - monotonic()
+            if left <= 0:
+                return False
+            if stamp is None or self._coherent is None:
+                await asyncio.sleep(min(pause, left))
+                pause = min(pause * _LOOKS, _LONGEST_LOOK)
+            else:
+                changed: Any = self._coherent.changed(key, stamp)
+                try:
+                    async with asyncio.timeout(min(_POLL, left)):
+                        await changed
+                except TimeoutError:
+                    pass

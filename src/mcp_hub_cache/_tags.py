@@ -1,0 +1,47 @@
+"""Tags as text, as digests and as keys. Pure; what is done with them, see ``_marks``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from ._blake import blake2b
+
+MAX_TAG: Final = 1024
+
+
+def as_tags(given: object) -> tuple[str, ...]:
+    """Return *given* as tags, each once.
+
+    Raises:
+        TypeError: It is one text, or holds something that is no text.
+        ValueError: A tag is empty, or longer than 1,024 characters.
+    """
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        raise TypeError(f'tags must be several texts, such as tags=["user:42"], not {type(given).__name__}')
+    tags = tuple(dict.fromkeys(given))
+    for tag in tags:
+        check_tag(tag)
+    return tags
+
+
+def check_tag(tag: object) -> None:
+    """Raise what ``as_tags`` raises for one of them."""
+    if not isinstance(tag, str):
+        raise TypeError(f"a tag must be text, not {type(tag).__name__}")
+    if not 0 < len(tag) <= MAX_TAG:
+        raise ValueError(f"a tag has 1 to {MAX_TAG:,} characters, not {len(tag):,}")
+
+
+def tag_digest(tag: str) -> bytes:
+    """Return what stands for *tag* in keys and frames: 16 bytes."""
+    return blake2b(tag.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def mark_key(root: bytes, digest: bytes) -> bytes:
+    """Return the key of a tag's mark. *root*: what all keys of its namespace begin with."""
+    return root + b"t:" + digest.hex().encode()
+
+
+ANY_DIGEST: Final = tag_digest("")
+"""Of the tag that every invalidation invalidates; no user's tag is empty."""
