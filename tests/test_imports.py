@@ -28,6 +28,7 @@ LAYERS = [
     {"_shortcut", "_writes"},
     {"_engine"},
     {"_keys", "_near", "_settings", "stores"},
+    {"_failures"},
     {"_codec"},
     {"_revive"},
     {"_tagged"},

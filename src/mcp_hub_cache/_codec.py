@@ -6,6 +6,7 @@ Strategy: the value decides the form, on write, once.
               dict with str keys
     2 RICH    the tagged form (``_tagged``), for everything else that can be stored exactly
     3 BYTES   a value that is bytes: itself
+    4 FAILURE an exception (``_failures``): no value, and nothing that is decoded here
 
 Rules:
 - The check of exact types comes before orjson, which writes NaN as null, lets str-Enums, tuples and UUIDs pass as
@@ -31,6 +32,7 @@ from ._tagged import INF, MAX_CONTAINERS, MAX_DEPTH, Tagger, dumps, find_in, lat
 PLAIN: Final = 1
 RICH: Final = 2
 BYTES: Final = 3
+FAILURE: Final = 4  # an exception (``_failures``)
 
 _SCALARS: Final = frozenset((str, int, bool, type(None)))
 _FLOAT: Final = frozenset((float,))
@@ -113,12 +115,17 @@ def encode(value: object, classes: ClassSet = NOTHING) -> tuple[int, bytes]:
             except TypeError:  # an integer beyond 64 bits, a lone surrogate
                 pass
         return RICH, dumps(Tagger(find_in(classes)).tag(value))
-    except Refusal as refusal:
-        raise uncacheable("value", refusal) from None
-    except RecursionError:
-        raise UncacheableError("value: there is no stack left to walk through it") from None
     except Exception as error:  # noqa: BLE001  # whatever a user's own class or metaclass raises when it is looked at
-        raise UncacheableError(f"value: reading it raised {type(error).__name__}") from None
+        raise unreadable("value", error) from None
+
+
+def unreadable(root: str, error: Exception) -> UncacheableError:
+    """Return the error that says why the walk over *root* ended with *error*, without that one's own words."""
+    if isinstance(error, Refusal):
+        return uncacheable(root, error)
+    if isinstance(error, RecursionError):
+        return UncacheableError(f"{root}: there is no stack left to walk through it", where=root)
+    return UncacheableError(f"{root}: reading it raised {type(error).__name__}", where=root)
 
 
 def uncacheable(root: str, refusal: Refusal, advice: str = "") -> UncacheableError:
@@ -148,7 +155,7 @@ def decode(codec: int, payload: bytes | memoryview, classes: ClassSet = NOTHING)
     except Exception as error:  # noqa: BLE001  # hostile bytes raise anything, RecursionError and MemoryError too
         # The chain is cut: these errors carry parts of the content.
         raise DecodeError(f"codec {codec}: {type(error).__name__}") from None
-    raise DecodeError(f"codec {codec} is unknown")
+    raise DecodeError("an exception, not a value" if codec == FAILURE else f"codec {codec} is unknown")
 
 
 def is_immutable(value: Any, depth: int = 4) -> bool:

@@ -14,6 +14,7 @@ never a value: it is ``[tag, ...]``, and the tag says what of.
     tz zi          timezone: its arguments; ZoneInfo: key, whether from the cache
     uu de fr pa ip UUID, Decimal, Fraction, pathlib and ipaddress types: their exact texts or parts
     c              an instance: the class's name, {field: value}, and what else there is to its state
+    ex             an exception (``_failures``): never in a value
 
 Rules:
 - Types are exact. A subclass of a builtin never passes as the builtin: it has a shape, or it is refused.
