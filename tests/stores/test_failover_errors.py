@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import AsyncIterator
 
 import pytest
@@ -215,3 +216,15 @@ async def test_leases_go_to_the_store_that_issued_them(world: Make) -> None:
     await w.come_back()
     await w.store.release_many(held)
     assert await w.server.head_many([A]) == [None]
+
+
+async def test_in_the_standby_for_ever_is_as_long_as_anything_stays_there(world: Make) -> None:
+    w = world(standby_ttl=30.0)
+    await w.go_down()
+    begun = await w.store.begin_many([A], hold=math.inf)
+    begun += await w.store.begin_many([B], hold=5.0)
+    assert await w.store.renew_many([Held(B, begun[1].fence)], hold=math.inf) == [True]
+    w.clock.advance(29.0)
+    assert None not in await w.files.head_many([A, B])
+    w.clock.advance(2.0)
+    assert await w.files.head_many([A, B]) == [None, None]

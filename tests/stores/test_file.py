@@ -29,7 +29,7 @@ from mcp_hub_cache._exceptions import (
     StoreTimeoutError,
 )
 from mcp_hub_cache._frame import HEAD_SIZE, Kind, pack, unpack, unpack_head
-from mcp_hub_cache._protocols import Coherent, Fence, Leases, Write
+from mcp_hub_cache._protocols import Coherent, Fence, Held, Leases, Write
 from mcp_hub_cache.stores.file import FileStore
 from mcp_hub_cache.testing import FakeClock, StoreConformance, entry_frame
 
@@ -527,6 +527,16 @@ async def test_placeholders_are_not_evicted_and_expired_ones_go_first(tmp_path: 
         assert dropped == []
         fenced = write(store, "loading")._replace(fence=begun.fence)
         assert await store.write_many([fenced]) == ["done"]
+
+
+async def test_placeholders_without_an_end_are_evicted_like_entries(tmp_path: Path) -> None:
+    async with opened(tmp_path, max_bytes=20 * 4096) as store:
+        begun = await store.begin_many([key(f"mark{n}") for n in range(10)], hold=math.inf)
+        await store.renew_many([Held(key("mark0"), begun[0].fence)], hold=math.inf)
+        await store.write_many([write(store, n) for n in range(20)])
+        await room_made(store)
+        assert await store.head_many([key(f"mark{n}") for n in range(10)]) == [None] * 10
+        assert (await store.get_many([key(19)]))[0] is not None
 
 
 async def test_an_entry_larger_than_the_bound(tmp_path: Path) -> None:

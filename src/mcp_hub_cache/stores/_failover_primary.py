@@ -23,18 +23,19 @@ from ._failover_keeper import Keeper
 
 T = TypeVar("T")
 W = TypeVar("W", bound=Write | Patch)
+F = TypeVar("F", bound=Write | Patch | Held)
 Frames = list[bytes | None]
 
 _NONE: Final[frozenset[bytes]] = frozenset()
 
 
-def fitted(items: Sequence[W], made: int, store: Store) -> list[W]:
+def fitted(items: Sequence[F], made: int, store: Store) -> list[F]:
     """Return *items*, with fences that name the store *made* taken for fences of *store*.
 
     Whoever reads a frame through a ``FailoverStore`` can only name that one; the token says whether it is still there.
     """
     return [
-        cast("W", item._replace(fence=Fence(store.id, item.fence.token)))
+        cast("F", item._replace(fence=Fence(store.id, item.fence.token)))
         if item.fence is not None and item.fence.store == made
         else item
         for item in items

@@ -140,15 +140,16 @@ class Batches:
         return _all(self._each(keys, drop, make=False, absent=None))
 
     def renew(self, held: Sequence[Held], hold: float) -> list[bool]:
-        """Prolong placeholders and leases."""
+        """Prolong placeholders, leases and marks that would end earlier."""
 
         def prolong(shelf: Shelf, at: int, place: Place) -> bool:
             frame = shelf.frame(place.name) if self._holds(shelf, place, held[at].fence) else None
             head = peek(frame) if frame is not None else None
-            if frame is None or head is None or head.kind not in (Kind.PLACEHOLDER, Kind.LEASE):
+            if frame is None or head is None or head.kind not in (Kind.PLACEHOLDER, Kind.LEASE, Kind.MARK):
                 return False
             until = self._folder.clock() + hold
-            self._put(shelf, place, patch_head(head, fresh_until=until, keep_until=until) + frame[HEAD_SIZE:])
+            if until > head.keep_until:
+                self._put(shelf, place, patch_head(head, fresh_until=until, keep_until=until) + frame[HEAD_SIZE:])
             return True
 
         return _all(self._each([one.key for one in held], prolong, make=False, absent=False))

@@ -11,6 +11,7 @@ paid for by many writes. One process at a time evicts.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
@@ -22,7 +23,7 @@ from .._exceptions import StoreError, StoreTimeoutError
 from .._frame import HEAD_SIZE, FrameError, Kind, is_live, key_of, unpack_head
 from ._file_folder import Folder
 from ._file_places import Place
-from ._file_shelf import LOCK_SECONDS, Seen, Shelf, is_live_entry, look, store_error
+from ._file_shelf import LOCK_SECONDS, Seen, Shelf, hint, is_live_entry, look, store_error
 
 T = TypeVar("T")
 Shelves = Sequence[tuple[str, int]]
@@ -33,6 +34,7 @@ _SLICE: Final = 0.005
 _FRONT: Final = 2048  # a head and nearly every key
 _PATIENCE: Final = 0.05  # for the lock of a shelf that upkeep can as well do later
 _PASSES: Final = 3
+_FOR_EVER: Final = hint(math.inf, 0) / 1_000_000_000  # as files say it
 
 
 class _Candidate(NamedTuple):
@@ -166,7 +168,7 @@ def _make_room(folder: Folder, limit: int, target: int) -> Steps:
         for seen in files:
             total += seen.charge
             live = seen.until > now
-            if live and seen.kind == Kind.PLACEHOLDER:
+            if live and seen.kind == Kind.PLACEHOLDER and seen.until < _FOR_EVER:  # a load is under way
                 continue
             age = -seen.used if live else 0
             if gain >= need and age < oldest[0].age:

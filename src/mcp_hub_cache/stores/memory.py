@@ -279,7 +279,8 @@ class MemoryStore:
         frame = self._holds(held.key, held.fence)
         if frame is None:
             return False
-        self._entries[held.key] = (frame, self._clock() + hold)
+        _, dead = self._entries[held.key]
+        self._entries[held.key] = (frame, max(dead, self._clock() + hold))
         return True
 
     def release_many(self, held: Sequence[Held], /) -> Awaitable[None]:
