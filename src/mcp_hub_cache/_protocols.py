@@ -189,6 +189,18 @@ class Leases(Protocol):
         ...
 
 
+@runtime_checkable
+class Used(Protocol):
+    """A store that can be told of uses it doesn't see, as where a near cache answers in its place."""
+
+    def used_many(self, keys: Sequence[bytes], /) -> Awaitable[None]:
+        """Count each as used now, for what drops the least recently used; unknown keys are ignored.
+
+        Changes nothing else: stamps don't move.
+        """
+        ...
+
+
 class StoreState(NamedTuple):
     """How a store is, without asking it.
 

@@ -21,7 +21,9 @@ from mcp_hub_cache._exceptions import (
     StoreTimeoutError,
 )
 from mcp_hub_cache._frame import unpack_head
-from mcp_hub_cache._protocols import Fence, Held, Patch
+from mcp_hub_cache._protocols import Fence, Held, Patch, Used
+from mcp_hub_cache.stores.failover import FailoverStore
+from mcp_hub_cache.stores.memory import MemoryStore
 from mcp_hub_cache.testing import FaultyStore
 from tests.stores.failing import SECRET, A, B, Make, worlds
 
@@ -228,3 +230,33 @@ async def test_in_the_standby_for_ever_is_as_long_as_anything_stays_there(world:
     assert None not in await w.files.head_many([A, B])
     w.clock.advance(2.0)
     assert await w.files.head_many([A, B]) == [None, None]
+
+
+async def test_uses_are_told_to_the_store_that_serves(world: Make) -> None:
+    w = world()
+    assert isinstance(w.store, Used)
+    for key in (A, B):
+        await w.set(key)
+    await w.store.used_many([A])
+    assert list(w.server._entries) == [B, A]
+    assert (w.primary.calls["used_many"], list(w.files._entries)) == (1, [])
+    await w.go_down()
+    for key in (A, B):
+        await w.set(key)
+    await w.store.used_many([A])
+    assert list(w.files._entries) == [B, A]
+    assert w.primary.calls["used_many"] == 1
+
+
+async def test_uses_told_to_a_primary_that_has_gone_count_as_a_failure(world: Make) -> None:
+    w = world(failures=1)
+    await w.contact()
+    w.primary.break_down()
+    await w.store.used_many([A])
+    assert w.states == [("healthy", "degraded")]
+
+
+async def test_uses_are_nothing_to_stores_that_have_no_use_for_them() -> None:
+    store = FailoverStore(FaultyStore(MemoryStore()), None)
+    await store.used_many([A])
+    await store.aclose()

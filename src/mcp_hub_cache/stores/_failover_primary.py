@@ -17,7 +17,7 @@ from contextlib import aclosing
 from typing import Final, TypeVar, cast
 
 from .._exceptions import StoreError, StoreProtocolError
-from .._protocols import Begun, Fence, Held, Leases, Outcome, Patch, Store, Write
+from .._protocols import Begun, Fence, Held, Leases, Outcome, Patch, Store, Used, Write
 from ._failover_journal import Journal
 from ._failover_keeper import Keeper
 
@@ -197,6 +197,11 @@ class Primary:
         """See ``Leases``."""
         assert isinstance(self.store, Leases)
         await self._told("release", self.store.release_many(held))
+
+    async def used_many(self, keys: Sequence[bytes]) -> None:
+        """See ``Used``; nothing where the store is none."""
+        if isinstance(self.store, Used):
+            await self._told("used", self.store.used_many(keys))
 
 
 def _in_doubt(error: StoreError) -> bool:

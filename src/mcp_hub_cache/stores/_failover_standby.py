@@ -18,7 +18,7 @@ from contextlib import aclosing
 
 from .._exceptions import StoreError
 from .._frame import HEAD_SIZE, patch_head, peek
-from .._protocols import Begun, Held, Leases, Outcome, Patch, Store, Write
+from .._protocols import Begun, Held, Leases, Outcome, Patch, Store, Used, Write
 
 
 class Standby:
@@ -127,6 +127,11 @@ class Standby:
         """See ``Leases``."""
         assert isinstance(self.store, Leases)
         await self.store.release_many(held)
+
+    async def used_many(self, keys: Sequence[bytes]) -> None:
+        """See ``Used``; nothing where the store is none."""
+        if isinstance(self.store, Used):
+            await self.store.used_many(keys)
 
     async def drop(self, prefix: bytes) -> None:
         """Give back the room. No promise hangs on it, so a failure is passed over."""

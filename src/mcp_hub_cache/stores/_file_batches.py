@@ -66,6 +66,12 @@ class Batches:
                 found.append(None)
         return found, trouble
 
+    def used(self, keys: Sequence[bytes]) -> None:
+        """Note uses that were no reads."""
+        trouble = self._reads.note(map(self._folder.file, self._open(keys)))
+        if trouble and len(trouble) == len(keys):
+            raise store_error(trouble[0], self._folder.directory)
+
     def begin(self, keys: Sequence[bytes], hold: float) -> list[Begun]:
         """What is there, or placeholders in its place."""
         frames = self.get(keys)

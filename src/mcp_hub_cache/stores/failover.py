@@ -354,7 +354,11 @@ class FailoverStore:
                 wait.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
 
-    # Leases
+    # Leases and Used
+
+    async def used_many(self, keys: Sequence[bytes], /) -> None:
+        """See ``Used.used_many``: in the store that serves."""
+        await self._either(lambda primary: primary.used_many(keys), lambda standby: standby.used_many(keys))
 
     async def renew_many(self, held: Sequence[Held], /, *, hold: float) -> list[bool]:
         """See ``Leases.renew_many``. A lease of a store that can't be asked now counts as lost."""

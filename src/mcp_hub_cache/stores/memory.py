@@ -244,7 +244,7 @@ class MemoryStore:
         """Nothing to give back; the entries stay for the next loop."""
         return Done(None)
 
-    # Coherent and Leases
+    # Coherent, Leases and Used
 
     def stamp(self, key: bytes, /) -> int | None:
         """See ``Coherent.stamp``."""
@@ -288,6 +288,15 @@ class MemoryStore:
         for one in held:
             if self._holds(one.key, one.fence) is not None:
                 self._drop(one.key)
+        return Done(None)
+
+    def used_many(self, keys: Sequence[bytes], /) -> Awaitable[None]:
+        """See ``Used.used_many``."""
+        now = self._clock()
+        for key in keys:
+            held = self._entries.get(key)
+            if held is not None and now < held[1]:  # the dead stay where the sweep comes by
+                self._entries.move_to_end(key)
         return Done(None)
 
 

@@ -7,7 +7,7 @@ import math
 import secrets
 
 from .._frame import HEAD_SIZE, patch_head, unpack_head
-from .._protocols import Coherent, Fence, Patch, Store, Write
+from .._protocols import Coherent, Fence, Patch, Store, Used, Write
 from ._conformance_leases import LeaseConformance
 from ._conformance_setting import payload_of, write_of
 
@@ -210,6 +210,36 @@ class StoreConformance(LeaseConformance):
                 await change()
                 await asyncio.wait_for(waiter, 5)
                 assert one.stamp(key) != before
+
+    async def test_used(self) -> None:
+        """Told of uses, a store answers as before and has no other stamps."""
+        async with self._pair() as (one, two):
+            if not isinstance(one, Used):
+                return
+            keys = [self.key(f"used{n}") for n in range(300)]
+            writes = [write_of(two, key) for key in keys]
+            await two.write_many(writes)
+            told = [self.key("none"), *keys, keys[0]]
+            await one.used_many([])
+            await one.used_many(told)
+            assert list(await two.get_many(told)) == [None, *(write.frame for write in [*writes, writes[0]])]
+            if not isinstance(one, Coherent) or not await self.wait_coherent(one, keys[0]):
+                return
+
+            async def catch_up(name: str) -> None:
+                """Wait until *one* has heard of all that happened so far."""
+                key = self.key(name)
+                stamp = one.stamp(key)
+                await two.write_many([write_of(two, key)])
+                if stamp is not None:
+                    await asyncio.wait_for(one.changed(key, stamp), 5)
+
+            await catch_up("before")
+            before = [one.stamp(key) for key in keys[:3]]
+            await one.used_many(told)
+            await catch_up("after")
+            after = [one.stamp(key) for key in keys[:3]]
+            assert before == after or None in after  # None: it can't tell now
 
     async def test_info(self) -> None:
         """Facts are plain."""
