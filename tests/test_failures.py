@@ -181,7 +181,7 @@ def test_classes_of_ones_own_come_back_without_their_init() -> None:
     missing.number = -1
     for error in (
         missing, Silent(404), Detailed(Plain(1, ["a"]), ("x",)), Mixed("k"), Wrapped("w"), EmptySlots(1),
-        noted(Silent(1), "a note"),
+        noted(Silent(1), "note"),
     ):  # fmt: skip
         made = there_and_back(error, AppError, classes_of(Plain))
         assert str(made) == str(error)
@@ -246,11 +246,8 @@ def test_an_os_error_that_its_args_do_not_make_is_refused() -> None:
 
 GOLDEN: list[tuple[Exception, bytes]] = [
     (
-        noted(NotFound("user", number=7), "a note"),
-        (
-            b'["ex","tests.test_failures.NotFound",["t","no user 7"],'
-            b'{"kind":"user","number":7,"__notes__":["l","a note"]}]'
-        ),
+        noted(NotFound("user", number=7), "note"),
+        b'["ex","tests.test_failures.NotFound",["t","no user 7"],{"kind":"user","number":7,"__notes__":["l","note"]}]',
     ),
     (FileNotFoundError(2, "gone", "/a"), b'["ex","builtins.FileNotFoundError",["t",2,"gone","/a"],{}]'),
 ]

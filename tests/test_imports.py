@@ -28,6 +28,7 @@ LAYERS = [
     {"_leader"},
     {"_shortcut", "_writes"},
     {"_engine"},
+    {"_use"},
     {"_keys", "_leases", "_marks", "_near", "_policy", "_settings", "stores"},
     {"_failures"},
     {"_codec"},

@@ -199,8 +199,9 @@ def test_zero_turns_the_near_cache_off(monkeypatch: pytest.MonkeyPatch) -> None:
         ("REDIS_URL", "redis://host:port", "redis://"),
         ("REDIS_URL", "redis://host:0", "redis://"),
         ("REDIS_URL", "redis://host:70000", "redis://"),
+        ("CACHE_COALESCE", "world", "fleet"),
+        ("CACHE_MAX_REFRESHES", "-1", "whole number"),
         # Asked for by name, and not there yet.
-        ("CACHE_COALESCE", "fleet", "not"),
         ("CACHE_COMPRESS_MIN_BYTES", "1024", "not available"),
         ("CACHE_ON_MISCONFIGURED", "raise", "not available"),
         ("CACHE_SECRET_KEY", "a" * 32, "not available"),

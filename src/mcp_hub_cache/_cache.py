@@ -85,7 +85,7 @@ class Cache(AsyncCache):
         observer: Observer | None = None,
     ) -> None:
         self._default_ttl = seconds(default_ttl, "default_ttl")
-        self._coalesce = coalesce
+        self._coalesce: Coalesce = coalesce
         self._max_key_length = _whole(max_key_length, "max_key_length", least=1, most=_MAX_KEY_LENGTH)
         self._space = KeySpace(prefix, namespace)
         self._counters = Counters()

@@ -35,8 +35,9 @@ from ._lines import Lines
 from ._marks import OWNED, Marks, Standing
 from ._near import Near
 from ._placeholders import Placeholders
-from ._protocols import Coherent, Monitored, Observer, Store, Switching
+from ._protocols import Coherent, Monitored, Observer, Store, Switching, Used
 from ._tokens import draw
+from ._use import Use
 
 T = TypeVar("T")
 
@@ -92,7 +93,7 @@ FRESH: Final = Takes()
 class Session:
     """What belongs to one event loop."""
 
-    __slots__ = ("behind", "flights", "l1", "lines", "loop", "marks", "placeholders", "rests", "rivals", "tasks")
+    __slots__ = ("behind", "flights", "l1", "lines", "loop", "marks", "placeholders", "rests", "rivals", "tasks", "use")
 
     def __init__(  # noqa: PLR0917  # its parts
         self,
@@ -113,6 +114,7 @@ class Session:
         self.rests = Rests()
         self.behind = 0  # refreshes in the background
         self.tasks: set[asyncio.Task[Any]] = set()
+        self.use: Use | None = None
 
     def forget(self, key: bytes) -> None:
         """Let go of what is known of *key*: it changes now. Loads in progress serve those who wait, and no one else."""
@@ -177,7 +179,7 @@ class Engine:
             lines = Direct(loop)
         else:
             lines = Lines(loop, self.store.lane, deadline=self.timeout)
-        return Session(
+        session = Session(
             loop,
             lines,
             L1(*self._l1_size),
@@ -185,8 +187,13 @@ class Engine:
             Marks(self.store, lines, self._coherent, self.trouble),
             Rivals(self.store, lines),
         )
+        if isinstance(self.store, Used):
+            session.use = Use(loop, self.store, session.l1, session.marks, session.run)
+        return session
 
     async def _close(self, session: Session) -> None:
+        if session.use is not None:
+            session.use.end()
         await session.placeholders.aclose()
         await session.flights.aclose()
         if session.tasks:
@@ -404,6 +411,8 @@ class Engine:
         if near is not None:
             near.fill(frame, value, head.fresh_until - now)
             evicted = session.l1.put(near)
+            if session.use is not None:
+                session.use.begin()
             if evicted:
                 self._tell_all(lambda observer: observer.eviction(evicted))
         return _hit((value, head, self._tier, None, stale))

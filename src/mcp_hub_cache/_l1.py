@@ -19,13 +19,17 @@ NOT_SHARED: Final = object()
 """In place of an entry's value: there is none that may be handed to many."""
 
 
+TOLD: Final = 2
+"""In place of "visited": it was, and the store has been told."""
+
+
 class Node:
     """An entry's place in the table; entries derive from it.
 
     Attributes:
         key: What it stands under.
         size: Bytes it counts for.
-        visited: It was used since the hand last came by.
+        visited: Whether it was used since the hand last came by; ``TOLD`` where the store knows of it.
     """
 
     __slots__ = ("aliases", "key", "newer", "older", "size", "visited")
@@ -33,7 +37,7 @@ class Node:
     def __init__(self, key: bytes, size: int = 0) -> None:
         self.key = key
         self.size = size
-        self.visited = False
+        self.visited: int = False
         self.newer: Any = None
         self.older: Any = None
         self.aliases: list[tuple[dict[Any, Any], Hashable]] | None = None
@@ -79,6 +83,13 @@ class L1(Generic[N]):
     def peek(self, key: bytes) -> N | None:
         """Return the entry under *key*; that is no use of it."""
         return self._nodes.get(key)
+
+    def served(self) -> list[bytes]:
+        """The keys that were used since this was last asked."""
+        served = [key for key, node in self._nodes.items() if node.visited and node.visited != TOLD]
+        for key in served:
+            self._nodes[key].visited = TOLD
+        return served
 
     def snapshot(self) -> list[bytes]:
         """The keys held, oldest first."""

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 from ._async_cache import Seconds
 from ._cache import Cache
 from ._durations import seconds
+from ._policy import Coalesce, Policy
 from ._protocols import Observer, Store
 from ._shortcut import CURRENT
 
@@ -41,6 +42,9 @@ class CacheOptions(TypedDict, total=False):
     l1_max_bytes: int
     max_key_length: int
     max_value_bytes: int
+    policy: Policy | None
+    coalesce: Coalesce
+    max_refreshes: int
     observer: Observer | None
 
 
@@ -149,6 +153,8 @@ def open_cache(settings: Settings | None = None, **overrides: Any) -> Cache:
         timeout=settings.cache_timeout,
         l1_max_entries=settings.cache_l1_max_entries,
         l1_max_bytes=settings.cache_l1_max_bytes,
+        coalesce=settings.cache_coalesce,
+        max_refreshes=settings.cache_max_refreshes,
     )
 
 

@@ -69,7 +69,7 @@ class Patch(NamedTuple):
 
 
 class Held(NamedTuple):
-    """A placeholder that this process planted."""
+    """A placeholder that this process planted, or a lease or mark whose token it knows."""
 
     key: bytes
     fence: Fence
@@ -106,7 +106,7 @@ class Store(Protocol):
         ...
 
     def begin_many(self, keys: Sequence[bytes], /, *, hold: float) -> Awaitable[list[Begun]]:
-        """Atomically per key: what is there, or else a new placeholder planted for *hold* seconds."""
+        """Atomically per key: what is there, or else a new placeholder planted for *hold* seconds; inf: for ever."""
         ...
 
     def write_many(self, writes: Sequence[Write], /) -> Awaitable[list[Outcome]]:
@@ -175,14 +175,29 @@ class Immediate(Protocol):
 
 @runtime_checkable
 class Leases(Protocol):
-    """A store whose placeholders can be prolonged and given back."""
+    """A store whose placeholders, leases and marks can be prolonged and given back."""
 
     def renew_many(self, held: Sequence[Held], /, *, hold: float) -> Awaitable[list[bool]]:
-        """Keep each for *hold* seconds from now where its token still stands; False where it does not."""
+        """Keep each for at least *hold* seconds from now where its token still stands; False where it does not.
+
+        Nothing is ever shortened: what was to stay longer does. ``math.inf``: for ever.
+        """
         ...
 
     def release_many(self, held: Sequence[Held], /) -> Awaitable[None]:
         """Remove each where its token still stands."""
+        ...
+
+
+@runtime_checkable
+class Used(Protocol):
+    """A store that can be told of uses it doesn't see, as where a near cache answers in its place."""
+
+    def used_many(self, keys: Sequence[bytes], /) -> Awaitable[None]:
+        """Count each as used now, for what drops the least recently used; unknown keys are ignored.
+
+        Changes nothing else: stamps don't move.
+        """
         ...
 
 

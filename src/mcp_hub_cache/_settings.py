@@ -131,6 +131,13 @@ class Settings(BaseSettings):
     cache_fallback: Annotated[Literal["file", "memory", "none"], BeforeValidator(_lower)] = Field(
         "file", description="file, memory or none: what serves while Redis is away"
     )
+    cache_coalesce: Annotated[Literal["process", "fleet"], BeforeValidator(_lower)] = Field(
+        "process",
+        description="process (one load per key in each process) or fleet (one in all that share the store)",
+    )
+    cache_max_refreshes: int = Field(
+        32, ge=0, description="a whole number: refreshes at once in the background; 0 turns them off"
+    )
     cache_timeout: _Duration = Field(
         0.5, description='seconds that the cache may take altogether, more than 0; or text such as "250ms"'
     )
@@ -153,9 +160,6 @@ class Settings(BaseSettings):
     redis_max_connections: int = Field(50, ge=1, description="a whole number, 1 or more")
 
     # Names that later versions give a meaning: asking for it now must not be ignored in silence.
-    cache_coalesce: Annotated[Literal["process"], BeforeValidator(_lower)] = Field(
-        "process", description="process; nothing else is available in this version"
-    )
     cache_compress_min_bytes: None = Field(None, description="nothing: compression is not available in this version")
     cache_on_misconfigured: Annotated[Literal["serve"], BeforeValidator(_lower)] = Field(
         "serve", description="serve (loads go on uncached); raise is not available in this version"

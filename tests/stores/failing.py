@@ -58,6 +58,9 @@ class Primary(FaultyStore):
     async def release_many(self, held: Sequence[Held], /) -> None:
         await self._guarded("release_many", lambda: self._memory.release_many(held))
 
+    async def used_many(self, keys: Sequence[bytes], /) -> None:
+        await self._guarded("used_many", lambda: self._memory.used_many(keys))
+
 
 class World:
     """A failover store over two memories, and everything that it told."""

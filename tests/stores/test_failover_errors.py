@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import AsyncIterator
 
 import pytest
@@ -20,7 +21,9 @@ from mcp_hub_cache._exceptions import (
     StoreTimeoutError,
 )
 from mcp_hub_cache._frame import unpack_head
-from mcp_hub_cache._protocols import Fence, Held, Patch
+from mcp_hub_cache._protocols import Fence, Held, Patch, Used
+from mcp_hub_cache.stores.failover import FailoverStore
+from mcp_hub_cache.stores.memory import MemoryStore
 from mcp_hub_cache.testing import FaultyStore
 from tests.stores.failing import SECRET, A, B, Make, worlds
 
@@ -215,3 +218,45 @@ async def test_leases_go_to_the_store_that_issued_them(world: Make) -> None:
     await w.come_back()
     await w.store.release_many(held)
     assert await w.server.head_many([A]) == [None]
+
+
+async def test_in_the_standby_for_ever_is_as_long_as_anything_stays_there(world: Make) -> None:
+    w = world(standby_ttl=30.0)
+    await w.go_down()
+    begun = await w.store.begin_many([A], hold=math.inf)
+    begun += await w.store.begin_many([B], hold=5.0)
+    assert await w.store.renew_many([Held(B, begun[1].fence)], hold=math.inf) == [True]
+    w.clock.advance(29.0)
+    assert None not in await w.files.head_many([A, B])
+    w.clock.advance(2.0)
+    assert await w.files.head_many([A, B]) == [None, None]
+
+
+async def test_uses_are_told_to_the_store_that_serves(world: Make) -> None:
+    w = world()
+    assert isinstance(w.store, Used)
+    for key in (A, B):
+        await w.set(key)
+    await w.store.used_many([A])
+    assert list(w.server._entries) == [B, A]
+    assert (w.primary.calls["used_many"], list(w.files._entries)) == (1, [])
+    await w.go_down()
+    for key in (A, B):
+        await w.set(key)
+    await w.store.used_many([A])
+    assert list(w.files._entries) == [B, A]
+    assert w.primary.calls["used_many"] == 1
+
+
+async def test_uses_told_to_a_primary_that_has_gone_count_as_a_failure(world: Make) -> None:
+    w = world(failures=1)
+    await w.contact()
+    w.primary.break_down()
+    await w.store.used_many([A])
+    assert w.states == [("healthy", "degraded")]
+
+
+async def test_uses_are_nothing_to_stores_that_have_no_use_for_them() -> None:
+    store = FailoverStore(FaultyStore(MemoryStore()), None)
+    await store.used_many([A])
+    await store.aclose()

@@ -29,7 +29,7 @@ from mcp_hub_cache._exceptions import (
     StoreTimeoutError,
 )
 from mcp_hub_cache._frame import HEAD_SIZE, Kind, pack, unpack, unpack_head
-from mcp_hub_cache._protocols import Coherent, Fence, Leases, Write
+from mcp_hub_cache._protocols import Coherent, Fence, Held, Leases, Write
 from mcp_hub_cache.stores.file import FileStore
 from mcp_hub_cache.testing import FakeClock, StoreConformance, entry_frame
 
@@ -513,6 +513,43 @@ async def test_the_least_recently_used_go_first_in_exact_order(tmp_path: Path) -
         assert store._folder.usage() == 18 * 4096
 
 
+async def test_what_was_used_elsewhere_is_not_the_oldest(tmp_path: Path) -> None:
+    async with opened(tmp_path, max_bytes=20 * 4096) as store:
+        for n in range(20):
+            await store.write_many([write(store, n)])
+        facts = file_of(store, 3).stat()
+        await store.used_many([key(n) for n in (3, 0, 11)] + [key("none")])
+        assert file_of(store, 3).stat().st_mtime_ns == facts.st_mtime_ns  # says when it ends
+        await store.write_many([write(store, "over")])
+        await room_made(store)
+        left = await store.head_many([key(n) for n in range(20)])
+        assert [n for n, head in enumerate(left) if head is None] == [1, 2, 4]
+
+
+async def test_uses_are_noted_once_a_second_and_only_of_files(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        await store.write_many([write(store, "a"), write(store, "b"), write(store, "c")])
+        os.utime(file_of(store, "a"), ns=(0, 0))
+        await store.used_many([key("a")])
+        first = file_of(store, "a").stat().st_atime_ns
+        assert first > 0
+        await store.used_many([key("a")])
+        assert file_of(store, "a").stat().st_atime_ns == first
+        file_of(store, "b").unlink()
+        file_of(store, "b").symlink_to(file_of(store, "a"))
+        file_of(store, "c").unlink()
+        file_of(store, "c").mkdir()
+        await store.used_many([key("b"), key("c")])
+
+
+async def test_uses_that_can_not_be_noted_for_want_of_files_are_an_error(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        await store.write_many([write(store, "a")])
+        await store.used_many([key("b")])
+        with limit(resource.RLIMIT_NOFILE, 1), pytest.raises(StoreExhaustedError):
+            await store.used_many([key("a")])
+
+
 async def test_placeholders_are_not_evicted_and_expired_ones_go_first(tmp_path: Path) -> None:
     clock = FakeClock()
     dropped: list[int] = []
@@ -527,6 +564,16 @@ async def test_placeholders_are_not_evicted_and_expired_ones_go_first(tmp_path: 
         assert dropped == []
         fenced = write(store, "loading")._replace(fence=begun.fence)
         assert await store.write_many([fenced]) == ["done"]
+
+
+async def test_placeholders_without_an_end_are_evicted_like_entries(tmp_path: Path) -> None:
+    async with opened(tmp_path, max_bytes=20 * 4096) as store:
+        begun = await store.begin_many([key(f"mark{n}") for n in range(10)], hold=math.inf)
+        await store.renew_many([Held(key("mark0"), begun[0].fence)], hold=math.inf)
+        await store.write_many([write(store, n) for n in range(20)])
+        await room_made(store)
+        assert await store.head_many([key(f"mark{n}") for n in range(10)]) == [None] * 10
+        assert (await store.get_many([key(19)]))[0] is not None
 
 
 async def test_an_entry_larger_than_the_bound(tmp_path: Path) -> None:

@@ -52,6 +52,21 @@ async def test_least_recently_used_goes_first() -> None:
     assert evicted == [1]
 
 
+async def test_what_was_used_elsewhere_is_not_the_oldest() -> None:
+    clock = FakeClock()
+    store = MemoryStore(max_bytes=4000, clock=clock)
+    for name in (b"a", b"b", b"c"):
+        await store.write_many([_write(store, name, 1000)])
+    await store.used_many([b"a", b"none"])
+    await store.write_many([_write(store, b"d", 1000)])
+    assert [frame is not None for frame in await store.get_many([b"a", b"b", b"c", b"d"])] == [True, False, True, True]
+    clock.advance(61.0)
+    stamp = store.stamp(b"a")
+    await store.used_many([b"a"])  # not there any more
+    assert store.stamp(b"a") == stamp
+    assert await store.get_many([b"a"]) == [None]
+
+
 async def test_an_entry_that_can_never_fit_is_full_and_replaces_nothing_else() -> None:
     store = MemoryStore(max_bytes=4000)
     await store.write_many([_write(store, b"a", 1000)])

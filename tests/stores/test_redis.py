@@ -14,7 +14,7 @@ import pytest
 
 from mcp_hub_cache import _exceptions as errors
 from mcp_hub_cache._frame import HEAD_SIZE, Kind, pack
-from mcp_hub_cache._protocols import Coherent, Fence, Leases, Outcome, Store, Write
+from mcp_hub_cache._protocols import Coherent, Fence, Leases, Outcome, Store, Used, Write
 from mcp_hub_cache.stores.redis import BIG, RedisStore
 from mcp_hub_cache.testing import StoreConformance, entry_frame
 from tests.backends import poll
@@ -101,11 +101,37 @@ class TestOnFakeRedis(_OnServer):
     async def test_big(self) -> None:
         pytest.skip("fakeredis fails at replies that do not fit in the socket's buffer")
 
+    async def test_used(self) -> None:
+        pytest.skip("fakeredis has no TOUCH")
+
 
 async def test_the_protocols(store: RedisStore) -> None:
     assert isinstance(store, Store)
     assert isinstance(store, Leases)
     assert isinstance(store, Coherent)
+
+
+async def test_the_server_hears_of_uses(valkey: Server, store: RedisStore) -> None:
+    assert isinstance(store, Used)
+    keys = [b"k%d" % n for n in range(300)]
+    await store.write_many([write(store, key) for key in keys])
+    for key in (keys[0], keys[-1]):
+        valkey.command("RESTORE", key, 0, valkey.command("DUMP", key), "REPLACE", "IDLETIME", 1000)
+        assert valkey.command("OBJECT", "IDLETIME", key) >= 1000
+    await store.used_many([b"none", *keys])
+    assert max(valkey.command("OBJECT", "IDLETIME", key) for key in (keys[0], keys[-1])) < 100
+    assert await store.get_many([b"none"]) == [None]
+
+
+async def test_a_server_that_refuses_to_hear_of_uses(valkey: Server, store: RedisStore) -> None:
+    await store.write_many([write(store, b"k")])
+    valkey.command("ACL", "SETUSER", "default", "-touch")
+    try:
+        with pytest.raises(errors.StorePermissionError):
+            await store.used_many([b"k"])
+    finally:
+        valkey.command("ACL", "SETUSER", "default", "+touch")
+    await store.used_many([b"k"])
 
 
 # Keys of other programs

@@ -17,24 +17,25 @@ from contextlib import aclosing
 from typing import Final, TypeVar, cast
 
 from .._exceptions import StoreError, StoreProtocolError
-from .._protocols import Begun, Fence, Held, Leases, Outcome, Patch, Store, Write
+from .._protocols import Begun, Fence, Held, Leases, Outcome, Patch, Store, Used, Write
 from ._failover_journal import Journal
 from ._failover_keeper import Keeper
 
 T = TypeVar("T")
 W = TypeVar("W", bound=Write | Patch)
+F = TypeVar("F", bound=Write | Patch | Held)
 Frames = list[bytes | None]
 
 _NONE: Final[frozenset[bytes]] = frozenset()
 
 
-def fitted(items: Sequence[W], made: int, store: Store) -> list[W]:
+def fitted(items: Sequence[F], made: int, store: Store) -> list[F]:
     """Return *items*, with fences that name the store *made* taken for fences of *store*.
 
     Whoever reads a frame through a ``FailoverStore`` can only name that one; the token says whether it is still there.
     """
     return [
-        cast("W", item._replace(fence=Fence(store.id, item.fence.token)))
+        cast("F", item._replace(fence=Fence(store.id, item.fence.token)))
         if item.fence is not None and item.fence.store == made
         else item
         for item in items
@@ -196,6 +197,11 @@ class Primary:
         """See ``Leases``."""
         assert isinstance(self.store, Leases)
         await self._told("release", self.store.release_many(held))
+
+    async def used_many(self, keys: Sequence[bytes]) -> None:
+        """See ``Used``; nothing where the store is none."""
+        if isinstance(self.store, Used):
+            await self._told("used", self.store.used_many(keys))
 
 
 def _in_doubt(error: StoreError) -> bool:

@@ -18,7 +18,7 @@ from contextlib import aclosing
 
 from .._exceptions import StoreError
 from .._frame import HEAD_SIZE, patch_head, peek
-from .._protocols import Begun, Held, Leases, Outcome, Patch, Store, Write
+from .._protocols import Begun, Held, Leases, Outcome, Patch, Store, Used, Write
 
 
 class Standby:
@@ -61,6 +61,7 @@ class Standby:
 
     async def begin_many(self, keys: Sequence[bytes], *, hold: float) -> list[Begun]:
         """See ``Store``. A leftover in the way is removed first."""
+        hold = self._hold(hold)
         begun = list(await self.store.begin_many(keys, hold=hold))
         places = [at for at, one in enumerate(begun) if self._is_leftover(one.frame)]
         if places:
@@ -91,6 +92,9 @@ class Standby:
             ]
         )
 
+    def _hold(self, hold: float) -> float:
+        return self._ttl if hold == math.inf else hold
+
     def _keep(self, keep: float | None) -> float | None:
         kept = min(math.inf if keep is None else keep, self._ttl)
         return None if kept == math.inf else kept
@@ -117,12 +121,17 @@ class Standby:
     async def renew_many(self, held: Sequence[Held], *, hold: float) -> list[bool]:
         """See ``Leases``."""
         assert isinstance(self.store, Leases)
-        return await self.store.renew_many(held, hold=hold)
+        return await self.store.renew_many(held, hold=self._hold(hold))
 
     async def release_many(self, held: Sequence[Held]) -> None:
         """See ``Leases``."""
         assert isinstance(self.store, Leases)
         await self.store.release_many(held)
+
+    async def used_many(self, keys: Sequence[bytes]) -> None:
+        """See ``Used``; nothing where the store is none."""
+        if isinstance(self.store, Used):
+            await self.store.used_many(keys)
 
     async def drop(self, prefix: bytes) -> None:
         """Give back the room. No promise hangs on it, so a failure is passed over."""

@@ -66,6 +66,12 @@ class Batches:
                 found.append(None)
         return found, trouble
 
+    def used(self, keys: Sequence[bytes]) -> None:
+        """Note uses that were no reads."""
+        trouble = self._reads.note(map(self._folder.file, self._open(keys)))
+        if trouble and len(trouble) == len(keys):
+            raise store_error(trouble[0], self._folder.directory)
+
     def begin(self, keys: Sequence[bytes], hold: float) -> list[Begun]:
         """What is there, or placeholders in its place."""
         frames = self.get(keys)
@@ -140,7 +146,7 @@ class Batches:
         return _all(self._each(keys, drop, make=False, absent=None))
 
     def renew(self, held: Sequence[Held], hold: float) -> list[bool]:
-        """Prolong placeholders and leases."""
+        """Prolong placeholders, leases and marks that would end earlier."""
 
         def prolong(shelf: Shelf, at: int, place: Place) -> bool:
             frame = shelf.frame(place.name) if self._holds(shelf, place, held[at].fence) else None
@@ -148,7 +154,8 @@ class Batches:
             if frame is None or head is None or head.kind not in (Kind.PLACEHOLDER, Kind.MARK, Kind.OVER):
                 return False
             until = self._folder.clock() + hold
-            self._put(shelf, place, patch_head(head, fresh_until=until, keep_until=until) + frame[HEAD_SIZE:])
+            if until > head.keep_until:
+                self._put(shelf, place, patch_head(head, fresh_until=until, keep_until=until) + frame[HEAD_SIZE:])
             return True
 
         return _all(self._each([one.key for one in held], prolong, make=False, absent=False))

@@ -11,7 +11,9 @@ often costs no more than its read.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -55,6 +57,21 @@ class Reads:
                     found.append(None)
         return found, trouble
 
+    def note(self, paths: Iterable[str]) -> list[OSError]:
+        """Note those files as used; answer what kept it from opening some that are there."""
+        noted = self._fresh()
+        trouble: list[OSError] = []
+        for path in paths:
+            if path not in noted:
+                try:
+                    _note(path)
+                except OSError as error:
+                    if error.errno not in (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EPERM):
+                        trouble.append(error)
+                else:
+                    noted.add(path)
+        return trouble
+
     def _fresh(self) -> set[str]:
         now = time.monotonic()
         if now - self._since >= _NOTED_FOR:
@@ -76,3 +93,15 @@ class Reads:
         finally:
             os.close(file)
         return read_frame(path, self._clock)
+
+
+def _note(path: str) -> None:
+    # By the open file, so that what takes its place meanwhile is not given its mtime.
+    file = os.open(path, QUIET)
+    try:
+        facts = os.fstat(file)
+        if stat.S_ISREG(facts.st_mode):
+            with suppress(OSError):  # as above
+                os.utime(file, ns=(time.time_ns(), facts.st_mtime_ns))
+    finally:
+        os.close(file)

@@ -33,6 +33,7 @@ _SLICE: Final = 0.005
 _FRONT: Final = 2048  # a head and nearly every key
 _PATIENCE: Final = 0.05  # for the lock of a shelf that upkeep can as well do later
 _PASSES: Final = 3
+_UNDER_WAY: Final = 60.0  # seconds of life that a load's placeholder never has more than: others are tags' marks
 
 
 class _Candidate(NamedTuple):
@@ -166,7 +167,7 @@ def _make_room(folder: Folder, limit: int, target: int) -> Steps:
         for seen in files:
             total += seen.charge
             live = seen.until > now
-            if live and seen.kind == Kind.PLACEHOLDER:
+            if live and seen.kind == Kind.PLACEHOLDER and seen.until < now + _UNDER_WAY:
                 continue
             age = -seen.used if live else 0
             if gain >= need and age < oldest[0].age:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from ._redis_wire import pack
 
+_TOUCHED: Final = 128  # keys of one command
 _MAX_MS: Final = 10**15  # 31,000 years; the server refuses what would overflow its clock
 
 
@@ -21,6 +22,11 @@ def px(keep: float | None) -> bytes:
 def get_ranges(keys: Sequence[bytes], last: bytes) -> bytes:
     """One GETRANGE for each of *keys*, from the first byte to the one numbered *last*."""
     return b"".join([pack((b"GETRANGE", key, b"0", last)) for key in keys])
+
+
+def touches(keys: Sequence[bytes]) -> list[bytes]:
+    """TOUCH for *keys*, in commands that hold the server up for no longer than a read does."""
+    return [pack((b"TOUCH", *keys[start : start + _TOUCHED])) for start in range(0, len(keys), _TOUCHED)]
 
 
 def escape(prefix: bytes) -> bytes:

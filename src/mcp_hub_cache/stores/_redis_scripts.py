@@ -26,7 +26,12 @@ redis.call('SETRANGE', KEYS[1], 0, ARGV[2])
 if ARGV[3] == '' then redis.call('PERSIST', KEYS[1]) else redis.call('PEXPIRE', KEYS[1], ARGV[3]) end
 return 1""".encode()
 RENEW: Final = f"""{_LOOK}
-redis.call('PEXPIRE', KEYS[1], ARGV[2])
+if ARGV[2] == '' then
+  redis.call('PERSIST', KEYS[1])
+else
+  local left = redis.call('PTTL', KEYS[1])
+  if left >= 0 and left < tonumber(ARGV[2]) then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
+end
 return 1""".encode()
 RELEASE: Final = f"""{_LOOK}
 return redis.call('UNLINK', KEYS[1])""".encode()
@@ -38,7 +43,7 @@ if type(found) == 'table' then
   return ''
 end
 if found then return found end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+if ARGV[2] == '' then redis.call('SET', KEYS[1], ARGV[1]) else redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2]) end
 return false"""
 DELETE: Final = b"""
 local head = redis.pcall('GETRANGE', KEYS[1], 0, 63)

@@ -354,11 +354,16 @@ class FailoverStore:
                 wait.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
 
-    # Leases
+    # Leases and Used
+
+    async def used_many(self, keys: Sequence[bytes], /) -> None:
+        """See ``Used.used_many``: in the store that serves."""
+        await self._either(lambda primary: primary.used_many(keys), lambda standby: standby.used_many(keys))
 
     async def renew_many(self, held: Sequence[Held], /, *, hold: float) -> list[bool]:
         """See ``Leases.renew_many``. A lease of a store that can't be asked now counts as lost."""
         renewed = [False] * len(held)
+        held = fitted(held, self.id, self._serving())
         for store, places in self._issuers(held):
             try:
                 answers = await store.renew_many([held[at] for at in places], hold=hold)
@@ -370,6 +375,7 @@ class FailoverStore:
 
     async def release_many(self, held: Sequence[Held], /) -> None:
         """See ``Leases.release_many``. One that can't be given back now ends with its hold."""
+        held = fitted(held, self.id, self._serving())
         for store, places in self._issuers(held):
             try:
                 await store.release_many([held[at] for at in places])

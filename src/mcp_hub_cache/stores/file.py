@@ -240,7 +240,7 @@ class FileStore:
         """End the background sweep, wait for jobs that run, and let go of threads and table."""
         await self._local.aclose()
 
-    # Coherent and Leases
+    # Coherent, Leases and Used
 
     def slot(self, key: bytes, /) -> Slot | None:
         """See ``Coherent.slot``. None before the namespace was first used here."""
@@ -277,6 +277,10 @@ class FileStore:
     def release_many(self, held: Sequence[Held], /) -> Awaitable[None]:
         """See ``Leases.release_many``."""
         return self._job(self._batches.release, held)
+
+    def used_many(self, keys: Sequence[bytes], /) -> Awaitable[None]:
+        """See ``Used.used_many``. Noted at most once a second for each, like reads."""
+        return self._job(self._batches.used, keys)
 
     # In the background
 

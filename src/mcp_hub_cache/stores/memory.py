@@ -244,7 +244,7 @@ class MemoryStore:
         """Nothing to give back; the entries stay for the next loop."""
         return Done(None)
 
-    # Coherent and Leases
+    # Coherent, Leases and Used
 
     def stamp(self, key: bytes, /) -> int | None:
         """See ``Coherent.stamp``."""
@@ -279,7 +279,8 @@ class MemoryStore:
         frame = self._holds(held.key, held.fence)
         if frame is None:
             return False
-        self._entries[held.key] = (frame, self._clock() + hold)
+        _, dead = self._entries[held.key]
+        self._entries[held.key] = (frame, max(dead, self._clock() + hold))
         return True
 
     def release_many(self, held: Sequence[Held], /) -> Awaitable[None]:
@@ -287,6 +288,15 @@ class MemoryStore:
         for one in held:
             if self._holds(one.key, one.fence) is not None:
                 self._drop(one.key)
+        return Done(None)
+
+    def used_many(self, keys: Sequence[bytes], /) -> Awaitable[None]:
+        """See ``Used.used_many``."""
+        now = self._clock()
+        for key in keys:
+            held = self._entries.get(key)
+            if held is not None and now < held[1]:  # the dead stay where the sweep comes by
+                self._entries.move_to_end(key)
         return Done(None)
 
 

@@ -34,7 +34,7 @@ from .._tokens import new_token
 from . import next_store_id
 from ._redis_address import make_address
 from ._redis_clock import Clock
-from ._redis_commands import escape, facts_of, get_ranges, px
+from ._redis_commands import escape, facts_of, get_ranges, px, touches
 from ._redis_errors import store_error
 from ._redis_feed import Connections, Feed
 from ._redis_outlet import BIG, in_parts
@@ -178,6 +178,17 @@ class RedisStore:
             return b""
         head: bytes = self._plain(reply, bytes)
         return head
+
+    def used_many(self, keys: Sequence[bytes], /) -> asyncio.Future[None]:
+        """See ``Used.used_many``. A read to the server, too: nobody is told of it."""
+        commands = touches(keys)
+        if not commands:
+            return _done(None)
+        return self._wires.get().reads.send(b"".join(commands), len(commands), self._touched, again=True)
+
+    def _touched(self, replies: list[Any]) -> None:
+        for reply in replies:
+            self._plain(reply, int)
 
     # Beginning and writing
 

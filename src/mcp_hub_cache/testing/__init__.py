@@ -8,7 +8,8 @@
 
 from __future__ import annotations
 
-from ._conformance import StoreConformance, entry_frame
+from ._conformance import StoreConformance
+from ._conformance_setting import entry_frame
 from ._faults import FakeClock, FaultyStore
 
 __all__ = ["FakeClock", "FaultyStore", "StoreConformance", "entry_frame"]

@@ -5,49 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
-from .._frame import HEAD_SIZE, TOKEN, Kind, Mark, pack, patch_head, placeholder, unpack, unpack_head
-from .._freshness import span
-from .._protocols import Coherent, Fence, Held, Leases, Patch, Store, Write
-
-
-def entry_frame(
-    store: Store,
-    key: bytes,
-    payload: bytes = b'{"n":1}',
-    *,
-    ttl: float = 60.0,
-    token: bytes | None = None,
-    marks: tuple[Mark, ...] = (),
-) -> bytes:
-    """Return an entry's frame for *key* as the engine would write it to *store* now."""
-    now = store.now()
-    until = span(now, ttl)
-    return pack(
-        key,
-        payload,
-        codec=1,
-        token=token if token is not None else secrets.token_bytes(8),
-        created=now,
-        fresh_until=until.fresh_until,
-        keep_until=until.keep_until,
-        marks=marks,
-    )
+from .._frame import HEAD_SIZE, patch_head, unpack_head
+from .._protocols import Coherent, Fence, Patch, Store, Used, Write
+from ._conformance_leases import LeaseConformance
+from ._conformance_setting import payload_of, write_of
 
 
-def _write(
-    store: Store, key: bytes, payload: bytes = b'{"n":1}', *, ttl: float = 60.0, fence: Fence | None = None
-) -> Write:
-    return Write(key, entry_frame(store, key, payload, ttl=ttl), None if ttl == math.inf else ttl, fence)
-
-
-def _payload(frame: bytes | None, key: bytes) -> bytes | None:
-    return None if frame is None else bytes(unpack(frame, key).payload)
-
-
-class StoreConformance:
+class StoreConformance(LeaseConformance):
     """Every promise of ``Store``, checked on two instances that share what a real deployment shares.
 
     Subclass it in a test module, name the subclass ``Test…`` and give it ``open_pair``, an async context manager over
@@ -63,35 +28,6 @@ class StoreConformance:
         wait_expiry: Awaited to let a number of seconds pass on the stores' clock; the default polls the real one.
     """
 
-    prefix: bytes = b"mcp_hub:conformance:e:"
-
-    def open_pair(self) -> AbstractAsyncContextManager[tuple[Store, Store]]:
-        """Open two instances of the store; the subclass says how."""
-        raise NotImplementedError
-
-    async def wait_expiry(self, store: Store, until: float) -> None:
-        """Return when *store*'s clock has passed *until*."""
-        while store.now() <= until:  # noqa: ASYNC110  # the store's clock has no event to wait for
-            await asyncio.sleep(0.005)
-
-    async def wait_coherent(self, store: Coherent, key: bytes) -> bool:
-        """Return whether *store* has stamps for *key*. For a store that comes to have them later: wait until it has."""
-        return store.stamp(key) is not None
-
-    @asynccontextmanager
-    async def _pair(self) -> AsyncIterator[tuple[Store, Store]]:
-        async with self.open_pair() as (one, two):
-            try:
-                yield one, two
-            finally:
-                await one.clear(b"")
-                await one.aclose()
-                await two.aclose()
-
-    def key(self, name: str) -> bytes:
-        """A key of the suite's own."""
-        return self.prefix + name.encode()
-
     async def test_is_a_store(self) -> None:
         """Both instances have what the protocol names, and ids of their own."""
         async with self._pair() as (one, two):
@@ -105,7 +41,7 @@ class StoreConformance:
         """A frame comes back byte for byte, in the order asked, None for what is not there."""
         async with self._pair() as (one, two):
             a, b, c = self.key("a"), self.key("b"), self.key("ö:weird *?[x]\n\0")
-            writes = [_write(one, a, b"1"), _write(one, c, bytes(range(256)) * 40, ttl=math.inf)]
+            writes = [write_of(one, a, b"1"), write_of(one, c, bytes(range(256)) * 40, ttl=math.inf)]
             assert list(await one.write_many(writes)) == ["done", "done"]
             got = list(await two.get_many([c, b, a, a]))
             assert got == [writes[1].frame, None, writes[0].frame, writes[0].frame]
@@ -126,7 +62,7 @@ class StoreConformance:
         """Writes to one key in one batch are applied in order."""
         async with self._pair() as (one, two):
             key = self.key("twice")
-            first, second = _write(one, key, b"1"), _write(one, key, b"2")
+            first, second = write_of(one, key, b"1"), write_of(one, key, b"2")
             assert list(await one.write_many([first, second])) == ["done", "done"]
             assert list(await two.get_many([key])) == [second.frame]
 
@@ -135,14 +71,14 @@ class StoreConformance:
         async with self._pair() as (one, two):
             key = self.key("over")
             for size in (10, 5000, 1, 70_000, 3):
-                write = _write(two, key, b"x" * size)
+                write = write_of(two, key, b"x" * size)
                 assert list(await two.write_many([write])) == ["done"]
                 assert list(await one.get_many([key])) == [write.frame]
 
     async def test_big(self) -> None:
         """Eight MiB come back whole."""
         async with self._pair() as (one, two):
-            write = _write(one, self.key("big"), secrets.token_bytes(8 * 1024 * 1024))
+            write = write_of(one, self.key("big"), secrets.token_bytes(8 * 1024 * 1024))
             outcome, got = await one.write_many([write]), None
             if list(outcome) == ["done"]:
                 (got,) = await two.get_many([write.key])
@@ -153,7 +89,7 @@ class StoreConformance:
         async with self._pair() as (one, two):
             keys = [self.key(f"short{n}") for n in range(4)]
             stay = self.key("stay")
-            await one.write_many([*(_write(one, key, ttl=0.3) for key in keys), _write(one, stay, ttl=math.inf)])
+            await one.write_many([*(write_of(one, key, ttl=0.3) for key in keys), write_of(one, stay, ttl=math.inf)])
             await self.wait_expiry(one, one.now() + 0.35)
             await self.wait_expiry(two, two.now())
             assert (await two.get_many([keys[0], stay]))[0] is None
@@ -168,131 +104,16 @@ class StoreConformance:
         """Deletes answer the heads of what was there, and a second one finds nothing."""
         async with self._pair() as (one, two):
             a, b = self.key("a"), self.key("b")
-            write = _write(one, a)
+            write = write_of(one, a)
             await one.write_many([write])
             assert list(await two.delete_many([a, b, a])) == [write.frame[:HEAD_SIZE], None, None]
             assert list(await one.get_many([a])) == [None]
-
-    async def test_begin_plants_a_placeholder(self) -> None:
-        """The first to begin leads; the other sees its placeholder; a fenced write of the leader's lands."""
-        async with self._pair() as (one, two):
-            key = self.key("begin")
-            (first,) = await one.begin_many([key], hold=5.0)
-            assert (first.frame, first.leader) == (None, True)
-            (second,) = await two.begin_many([key], hold=5.0)
-            assert not second.leader
-            assert second.frame is not None
-            assert unpack_head(second.frame).kind == Kind.PLACEHOLDER
-            assert unpack(second.frame, key).head.token == first.fence.token == second.fence.token
-            write = _write(one, key, fence=first.fence)
-            assert list(await one.write_many([write])) == ["done"]
-            assert list(await two.get_many([key])) == [write.frame]
-            late = _write(two, key, b"late", fence=second.fence)
-            assert list(await two.write_many([late])) == ["refused"]
-            assert list(await one.get_many([key])) == [write.frame]
-
-    async def test_begin_on_an_entry(self) -> None:
-        """Beginning where an entry stands answers it with its token; a fenced write then replaces it."""
-        async with self._pair() as (one, two):
-            key = self.key("entry")
-            write = _write(one, key)
-            await one.write_many([write])
-            (begun,) = await two.begin_many([key], hold=5.0)
-            assert begun.frame == write.frame
-            assert not begun.leader
-            assert begun.fence.token == write.frame[TOKEN]
-            again = _write(two, key, b"new", fence=begun.fence)
-            assert list(await two.write_many([again])) == ["done"]
-            assert list(await one.get_many([key])) == [again.frame]
-
-    async def test_begin_of_many_in_order(self) -> None:
-        """A batch of begins answers each key by itself; the same key twice has one leader."""
-        async with self._pair() as (one, two):
-            a, b = self.key("a"), self.key("b")
-            await two.write_many([_write(two, b)])
-            first, second, third = await one.begin_many([a, b, a], hold=5.0)
-            assert (first.leader, second.leader, third.leader) == (True, False, False)
-            assert third.fence == first.fence
-
-    async def test_delete_fences_a_load(self) -> None:
-        """A delete between begin and write wins: the loaded value is refused."""
-        async with self._pair() as (one, two):
-            key = self.key("fenced")
-            (begun,) = await one.begin_many([key], hold=5.0)
-            await two.delete_many([key])
-            assert list(await one.write_many([_write(one, key, fence=begun.fence)])) == ["refused"]
-            assert list(await two.get_many([key])) == [None]
-
-    async def test_set_fences_a_load(self) -> None:
-        """So does a set: it stays."""
-        async with self._pair() as (one, two):
-            key = self.key("fenced")
-            (begun,) = await one.begin_many([key], hold=5.0)
-            write = _write(two, key, b"set")
-            await two.write_many([write])
-            assert list(await one.write_many([_write(one, key, fence=begun.fence)])) == ["refused"]
-            assert list(await one.get_many([key])) == [write.frame]
-
-    async def test_clear_fences_a_load(self) -> None:
-        """And a clear: placeholders go with it."""
-        async with self._pair() as (one, two):
-            key = self.key("fenced")
-            (begun,) = await one.begin_many([key], hold=5.0)
-            await two.clear(self.prefix)
-            assert list(await one.write_many([_write(one, key, fence=begun.fence)])) == ["refused"]
-            assert list(await two.get_many([key])) == [None]
-
-    async def test_a_new_load_has_a_new_fence(self) -> None:
-        """Begin, delete, begin: the first fence is worthless, the second good."""
-        async with self._pair() as (one, two):
-            key = self.key("again")
-            (old,) = await one.begin_many([key], hold=5.0)
-            await two.delete_many([key])
-            (new,) = await two.begin_many([key], hold=5.0)
-            assert new.leader
-            assert new.fence.token != old.fence.token
-            assert list(await one.write_many([_write(one, key, b"old", fence=old.fence)])) == ["refused"]
-            assert list(await two.write_many([_write(two, key, b"new", fence=new.fence)])) == ["done"]
-
-    async def test_a_foreign_fence_is_refused(self) -> None:
-        """A fence is good only in the store that issued it."""
-        async with self._pair() as (one, two):
-            key = self.key("foreign")
-            (begun,) = await one.begin_many([key], hold=5.0)
-            assert list(await two.write_many([_write(two, key, fence=begun.fence)])) == ["refused"]
-            patch = Patch(key, begun.fence, placeholder(key, begun.fence.token, two.now(), 9.0)[:HEAD_SIZE], 9.0)
-            assert list(await two.patch_many([patch])) == ["refused"]
-
-    async def test_a_placeholder_expires(self) -> None:
-        """After its hold another may lead, and the first one's write is refused."""
-        async with self._pair() as (one, two):
-            key = self.key("hold")
-            (first,) = await one.begin_many([key], hold=0.2)
-            await self.wait_expiry(two, two.now() + 0.25)
-            assert list(await one.write_many([_write(one, key, fence=first.fence)])) == ["refused"]
-            (second,) = await two.begin_many([key], hold=5.0)
-            assert second.leader
-
-    async def test_leases(self) -> None:
-        """A renewed placeholder outlives its hold, a lost one says so, a released one is gone."""
-        async with self._pair() as (one, two):
-            if not isinstance(one, Leases):
-                return
-            a, b, c = self.key("a"), self.key("b"), self.key("c")
-            begun = await one.begin_many([a, b, c], hold=0.4)
-            held = [Held(key, item.fence) for key, item in zip((a, b, c), begun, strict=True)]
-            await two.delete_many([b])
-            assert list(await one.renew_many(held, hold=30.0)) == [True, False, True]
-            await self.wait_expiry(two, two.now() + 0.45)
-            assert list(await one.write_many([_write(one, a, fence=held[0].fence)])) == ["done"]
-            await one.release_many(held)
-            assert [frame is None for frame in await two.get_many([a, b, c])] == [False, True, True]
 
     async def test_patch(self) -> None:
         """A new head over the same payload, where the token is the same, prolongs or shortens the life."""
         async with self._pair() as (one, two):
             key = self.key("patch")
-            write = _write(one, key, b"payload", ttl=0.3)
+            write = write_of(one, key, b"payload", ttl=0.3)
             await one.write_many([write])
             head = unpack_head(write.frame)
             fence = Fence(two.id, head.token)
@@ -311,27 +132,13 @@ class StoreConformance:
             await self.wait_expiry(two, two.now() + 0.25)
             assert list(await two.get_many([key])) == [None]
 
-    async def test_only_one_of_two_fenced_writes_lands(self) -> None:
-        """Compare and write is atomic: of many writers with one fence exactly one is done."""
-        async with self._pair() as (one, two):
-            for turn in range(10):
-                key = self.key(f"race{turn}")
-                (mine,) = await one.begin_many([key], hold=5.0)
-                (theirs,) = await two.begin_many([key], hold=5.0)
-                jobs = [
-                    store.write_many([_write(store, key, str(n).encode(), fence=fence)])
-                    for n, (store, fence) in enumerate([(one, mine.fence), (two, theirs.fence)] * 4)
-                ]
-                outcomes = [outcome for answer in await asyncio.gather(*jobs) for outcome in answer]
-                assert sorted(map(str, outcomes)) == ["done"] + ["refused"] * 7
-
     async def test_scan(self) -> None:
         """Every page comes; keys under other prefixes do not, however like a pattern the prefix is."""
         async with self._pair() as (one, two):
             odd = self.prefix + b"o[d]*?:"
             keys = {odd + str(n).encode() for n in range(1200)}
             others = {self.prefix + b"od:1", self.prefix + b"odd:2", self.prefix + b"o"}
-            writes = [_write(one, key) for key in keys | others]
+            writes = [write_of(one, key) for key in keys | others]
             for start in range(0, len(writes), 200):
                 await one.write_many(writes[start : start + 200])
             heads = {write.key: write.frame[:HEAD_SIZE] for write in writes}
@@ -343,8 +150,8 @@ class StoreConformance:
         """Clears what begins with the prefix and nothing else, and counts the entries."""
         async with self._pair() as (one, two):
             mine, theirs = self.prefix + b"c[l]*:", self.prefix + b"cl:"
-            await one.write_many([_write(one, mine + str(n).encode()) for n in range(700)])
-            await one.write_many([_write(one, theirs + b"1")])
+            await one.write_many([write_of(one, mine + str(n).encode()) for n in range(700)])
+            await one.write_many([write_of(one, theirs + b"1")])
             await one.begin_many([mine + b"loading"], hold=5.0)
             assert await two.clear(mine) == 700
             assert await two.clear(mine) == 0
@@ -355,7 +162,7 @@ class StoreConformance:
         """One namespace's clear leaves its neighbours alone, prefixes of one another among them."""
         async with self._pair() as (one, _):
             names = [b"mcp_hub:conf:e:k", b"mcp_hub:conf2:e:k", b"mcp_hub:con:e:k"]
-            await one.write_many([_write(one, name) for name in names])
+            await one.write_many([write_of(one, name) for name in names])
             assert await one.clear(b"mcp_hub:conf:") == 1
             assert [frame is None for frame in await one.get_many(names)] == [True, False, False]
 
@@ -368,8 +175,8 @@ class StoreConformance:
                 await two.get_many([key])
                 await two.head_many([key])
                 (begun,) = await two.begin_many([key], hold=5.0)
-                assert list(await two.write_many([_write(two, key, b"ok", fence=begun.fence)])) == ["done"]
-                assert _payload((await one.get_many([key]))[0], key) == b"ok"
+                assert list(await two.write_many([write_of(two, key, b"ok", fence=begun.fence)])) == ["done"]
+                assert payload_of((await one.get_many([key]))[0], key) == b"ok"
                 await one.delete_many([key])
 
     async def test_clock(self) -> None:
@@ -386,14 +193,14 @@ class StoreConformance:
                 return
             key = self.key("stamp")
             for store in (one, two):  # whatever a store needs before it can tell
-                await store.write_many([_write(store, key)])
+                await store.write_many([write_of(store, key)])
                 await store.get_many([key])
             if not await self.wait_coherent(one, key):  # it has the methods, and what stands behind it can't tell
                 return
             for change in (
-                lambda: two.write_many([_write(two, key)]),
+                lambda: two.write_many([write_of(two, key)]),
                 lambda: two.delete_many([key]),
-                lambda: one.write_many([_write(one, key)]),
+                lambda: one.write_many([write_of(one, key)]),
                 lambda: two.clear(self.prefix),
             ):
                 assert await self.wait_coherent(one, key)
@@ -404,6 +211,36 @@ class StoreConformance:
                 await asyncio.wait_for(waiter, 5)
                 assert one.stamp(key) != before
 
+    async def test_used(self) -> None:
+        """Told of uses, a store answers as before and has no other stamps."""
+        async with self._pair() as (one, two):
+            if not isinstance(one, Used):
+                return
+            keys = [self.key(f"used{n}") for n in range(300)]
+            writes = [write_of(two, key) for key in keys]
+            await two.write_many(writes)
+            told = [self.key("none"), *keys, keys[0]]
+            await one.used_many([])
+            await one.used_many(told)
+            assert list(await two.get_many(told)) == [None, *(write.frame for write in [*writes, writes[0]])]
+            if not isinstance(one, Coherent) or not await self.wait_coherent(one, keys[0]):
+                return
+
+            async def catch_up(name: str) -> None:
+                """Wait until *one* has heard of all that happened so far."""
+                key = self.key(name)
+                stamp = one.stamp(key)
+                await two.write_many([write_of(two, key)])
+                if stamp is not None:
+                    await asyncio.wait_for(one.changed(key, stamp), 5)
+
+            await catch_up("before")
+            before = [one.stamp(key) for key in keys[:3]]
+            await one.used_many(told)
+            await catch_up("after")
+            after = [one.stamp(key) for key in keys[:3]]
+            assert before == after or None in after  # None: it can't tell now
+
     async def test_info(self) -> None:
         """Facts are plain."""
         async with self._pair() as (one, _):
@@ -413,7 +250,7 @@ class StoreConformance:
     async def test_reopens(self) -> None:
         """After ``aclose`` a store serves again."""
         async with self._pair() as (one, two):
-            write = _write(one, self.key("re"))
+            write = write_of(one, self.key("re"))
             await one.write_many([write])
             await one.aclose()
             await one.aclose()
@@ -426,7 +263,7 @@ class StoreConformance:
 
             async def one_caller(n: int) -> None:
                 key, store = self.key(f"many{n}"), (one, two)[n % 2]
-                write = _write(store, key, str(n).encode())
+                write = write_of(store, key, str(n).encode())
                 assert list(await store.write_many([write])) == ["done"]
                 assert list(await store.get_many([key])) == [write.frame]
 
@@ -435,7 +272,7 @@ class StoreConformance:
     async def test_cancelled_callers_hurt_nobody(self) -> None:
         """Callers that leave in the middle leave the store whole, and nobody gets another's bytes."""
         async with self._pair() as (one, _):
-            writes = {self.key(f"c{n}"): _write(one, self.key(f"c{n}"), str(n).encode()) for n in range(50)}
+            writes = {self.key(f"c{n}"): write_of(one, self.key(f"c{n}"), str(n).encode()) for n in range(50)}
             await one.write_many(list(writes.values()))
 
             async def reader(key: bytes) -> None:
