@@ -17,16 +17,16 @@ Rules:
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from time import monotonic
 from typing import Any, Final, NamedTuple
 
 from ._changes import Part, Slot
 from ._direct import Direct
 from ._exceptions import StoreError
-from ._frame import FrameError, Kind, Mark, unpack
+from ._frame import FrameError, Head, Kind, Mark, unpack
 from ._lines import Lines
 from ._placeholders import heed
 from ._protocols import Begun, Fence, Held, Leases, Store
@@ -48,10 +48,11 @@ class _Known:
     def __init__(self, mark: bytes | None, part: Part | None) -> None:
         self.mark = mark
         self.part = part  # None: nothing tells of its changes
-        self.lives_until = -math.inf  # at least, on the monotonic clock
+        self.lives_until = -math.inf  # at least, in the store's time
 
-    def stands(self) -> bool:
-        return self.part is not None and self.part.holds()
+    def stands(self, now: float) -> bool:
+        # Where nothing stands, nothing can end by time.
+        return self.part is not None and self.part.holds() and (self.mark is None or now < self.lives_until)
 
 
 class Standing(NamedTuple):
@@ -109,15 +110,22 @@ class Marks:
 
     def _standing(self, key: bytes) -> _Known | None:
         known = self._known.get(key)
-        return known if known is not None and known.stands() else None
+        return known if known is not None and known.stands(self._store.now()) else None
 
-    def _learn(self, key: bytes, mark: bytes | None, part: Part | None) -> _Known:
+    def _learn(self, key: bytes, data: bytes | None, part: Part | None) -> _Known:
+        """Take in what was read under *key*; *part* is from before that."""
+        head = _mark_in(data, key)
         before = self._known.pop(key, None)
-        known = self._known[key] = _Known(mark, part)
-        if before is not None and before.mark == mark:
-            known.lives_until = before.lives_until
+        known = self._known[key] = _Known(None if head is None else head.token, part)
         if len(self._known) > _MOST_KNOWN:
             del self._known[next(iter(self._known))]
+        if head is not None:
+            known.lives_until = head.keep_until
+            if before is not None and before.mark == head.token:
+                known.lives_until = max(known.lives_until, before.lives_until)
+            if known.lives_until <= self._store.now():
+                # Prolonged by somebody, for who knows how long: stores need not write that into the frame.
+                self._renew(key, known, _HOLD)
         return known
 
     # Reading
@@ -145,7 +153,7 @@ class Marks:
                 else:
                     asked[digest] = key, *self._read(key)
         for digest, (key, part, future) in asked.items():
-            current[digest] = self._learn(key, _mark_in(await future, key), part)
+            current[digest] = self._learn(key, await future, part)
         return [self._standing_of(marks, current) for marks in entries]
 
     @staticmethod
@@ -192,18 +200,18 @@ class Marks:
                     marks[digest] = asked
                     continue
                 key, part, future = asked
-                mark = _mark_in(await future, key)
-                if mark is None:
+                known = self._learn(key, await future, part)
+                if known.mark is None:
                     future = self._lines.write(self._begin, key, key)
                     future.add_done_callback(heed)
                     planted[digest] = key, future
                 else:
-                    marks[digest] = self._learn(key, mark, part).mark or b""
+                    marks[digest] = known.mark
             for digest, (key, future) in planted.items():
                 begun: Begun = await future
                 marks[digest] = begun.fence.token
-                if begun.leader:
-                    self._learn(key, begun.fence.token, None).lives_until = monotonic() + _HOLD
+                known = self._known[key] = _Known(begun.fence.token, None)
+                known.lives_until = self._store.now() + _HOLD if begun.leader else -math.inf
         except StoreError as error:
             self._trouble(error)
             return None
@@ -213,16 +221,15 @@ class Marks:
         """Return the mark as the store has it at this moment, whatever is known of it; None: none, or not to be had."""
         key = self._key(root, digest)
         try:
-            return _mark_in(await self._lines.read(self._get, key, key), key)
+            head = _mark_in(await self._lines.read(self._get, key, key), key)
         except StoreError as error:
             self._trouble(error)
             return None
+        return None if head is None else head.token
 
     def prolong(self, root: bytes, marks: Iterable[Mark], keep: float) -> None:
         """See that *marks* live for *keep* seconds more, where they stand. Waits for nothing."""
-        if self._leases is None:
-            return
-        until = monotonic() + keep
+        until = self._store.now() + keep
         for digest, mark in marks:
             key = self._key(root, digest)
             known = self._known.get(key)
@@ -231,11 +238,14 @@ class Marks:
             # A power of two that is more than enough: writes of like entries then need not ask again and again, and
             # share their batches.
             hold = 2.0 ** math.ceil(math.log2(keep * 1.5)) if keep < math.inf else math.inf
-            held = Held(key, Fence(self._store.id, mark))
-            future = self._lines.write(self._renewal(hold), key, held)
-            future.add_done_callback(heed)
-            if known is not None and known.mark == mark:
-                known.lives_until = monotonic() + hold
+            self._renew(key, known if known is not None and known.mark == mark else _Known(mark, None), hold)
+
+    def _renew(self, key: bytes, known: _Known, hold: float) -> None:
+        if self._leases is None or known.mark is None:
+            return
+        future = self._lines.write(self._renewal(hold), key, Held(key, Fence(self._store.id, known.mark)))
+        known.lives_until = self._store.now() + hold  # so that those who come before the answer need not ask as well
+        future.add_done_callback(partial(_renewed, known))
 
     def _renewal(self, hold: float) -> Any:
         assert self._leases is not None
@@ -250,14 +260,21 @@ class Marks:
 
     def used(self) -> list[bytes]:
         """The keys of the marks that are known to stand."""
-        return [key for key, known in self._known.items() if known.mark is not None and known.stands()]
+        now = self._store.now()
+        return [key for key, known in self._known.items() if known.mark is not None and known.stands(now)]
 
 
-def _mark_in(data: bytes | None, key: bytes) -> bytes | None:
+def _renewed(known: _Known, answer: asyncio.Future[bool]) -> None:
+    if answer.cancelled() or answer.exception() is not None or not answer.result():
+        known.lives_until = -math.inf
+
+
+def _mark_in(data: bytes | None, key: bytes) -> Head | None:
+    """The head of the mark that *data* is, None where it is none."""
     if data is None:
         return None
     try:
         head = unpack(data, key).head
     except FrameError:
         return None
-    return head.token if head.kind in _MARKS else None
+    return head if head.kind in _MARKS else None
