@@ -174,18 +174,28 @@ class Flights:
             Only this caller leaves. If it was the last one, the work is cancelled.
         """
         if not flight.landed:  # an eager task factory may have flown it already
-            await self._landing(flight)
+            caller = _caller()
+            if caller is None:
+                await self._landing(flight)
+            else:
+                await self._landing_within(caller, flight)
         if flight.error is not None:
             # The trace as it was at landing: each waiter that raises the shared error would else lengthen it for all.
             raise flight.error.with_traceback(flight.trace)
         return flight.result
 
+    async def _landing_within(self, caller: Flight, flight: Flight) -> None:
+        if flight.task is not None and (route := flight.route_to(caller)) is not None:
+            raise _circle([caller, *route])
+        caller.waits_for[flight] = caller.waits_for.get(flight, 0) + 1
+        try:
+            await self._landing(flight)
+        finally:
+            caller.waits_for[flight] -= 1
+            if not caller.waits_for[flight]:
+                del caller.waits_for[flight]
+
     async def _landing(self, flight: Flight) -> None:
-        caller = _caller()
-        if caller is not None:
-            if flight.task is not None and (route := flight.route_to(caller)) is not None:
-                raise _circle([caller, *route])
-            caller.waits_for[flight] = caller.waits_for.get(flight, 0) + 1
         future: asyncio.Future[None] = self._loop.create_future()
         flight.waiters.add(future)
         try:
@@ -198,11 +208,6 @@ class Flights:
                 assert flight.task is not None
                 flight.task.cancel()
             raise
-        finally:
-            if caller is not None:
-                caller.waits_for[flight] -= 1
-                if not caller.waits_for[flight]:
-                    del caller.waits_for[flight]
 
     def _refuse_descent(self, key: bytes, caller: Flight | None) -> None:
         """Refuse a load inside one of the same key, detached or not: its loader would ask again, without end."""
@@ -228,7 +233,9 @@ class Flights:
         self._flights.discard(flight)
         if flight.task is not None and not flight.task.cancelled():
             flight.task.exception()  # the waiters have it; asyncio need not warn of it
-        self._land(flight, asyncio.CancelledError())  # if it was cancelled before its first step
+        if not flight.landed:
+            self._land(flight, asyncio.CancelledError())  # it was cancelled before its first step
+        flight.task = None  # a circle, through its context: what was loaded would stay until the collector comes
 
     def _land(self, flight: Flight, error: BaseException | None) -> None:
         if flight.landed:
