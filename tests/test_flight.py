@@ -88,6 +88,22 @@ async def test_after_landing_the_work_is_called_anew(flights: Flights) -> None:
     assert work.calls == 2
 
 
+async def test_what_has_landed_goes_without_the_collector(flights: Flights) -> None:
+    class Result:
+        pass
+
+    async def work(flight: Flight) -> Result:
+        return Result()
+
+    gc.disable()
+    try:
+        result = weakref.ref((await fly(flights, b"k", "k", work))[0])
+        await turns()
+        assert result() is None
+    finally:
+        gc.enable()
+
+
 async def test_an_error_is_the_same_object_for_all(flights: Flights) -> None:
     error = LookupError("x")
 

@@ -232,7 +232,8 @@ class Calls:
         scope = self.options.scope
         name = name_of((scope.get(_UNSET), *bound) if isinstance(scope, ContextVar) else bound)
         if name is not None:
-            await self.cache()  # flights of another one are forgotten by this
+            if self._plans is None or self._makes_cache:
+                await self.cache()  # flights of another one are forgotten by this
             flight = self._shortcut.flights.get(name)
             if flight is not None and self._plans is not None:
                 found = await self._plans.cache.join(flight, self._plans.load)
@@ -316,22 +317,25 @@ class Calls:
         except _Uncached as reason:
             self._said_uncached(reason)
             return await self.func(*args, **kwargs)
-        cache = await self.cache()
         loader = functools.partial(self.func, *args, **kwargs)
         tags = functools.partial(self._tags_of, args, kwargs) if self._tags else tuple
-        if (plans := self._plans) is not None:
-            return await plans.cache.load(key, loader, plans.refresh if refresh else plans.load, name, tags)
-        return await cache.get_or_load(
-            key,
-            loader,
-            policy=self._policy.replace(tags=(*self._policy.tags, *tags())) if self._tags else self._policy,
-            as_type=self.classes,
-            refresh=refresh,
-            share=self.options.share,
-            label=self.readable,
-            owner=self._owner,
-            observer=self.counters,
-        )
+        plans = self._plans
+        if plans is None or self._makes_cache:
+            cache = await self.cache()
+            plans = self._plans
+            if plans is None:
+                return await cache.get_or_load(
+                    key,
+                    loader,
+                    policy=self._policy.replace(tags=(*self._policy.tags, *tags())) if self._tags else self._policy,
+                    as_type=self.classes,
+                    refresh=refresh,
+                    share=self.options.share,
+                    label=self.readable,
+                    owner=self._owner,
+                    observer=self.counters,
+                )
+        return await plans.cache.load(key, loader, plans.refresh if refresh else plans.load, name, tags)
 
     def _tags_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         """The tags of a call that depend on its arguments."""

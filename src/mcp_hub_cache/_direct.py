@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Generator, Sequence
-from operator import itemgetter
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from ._batches import Call
 from ._exceptions import StoreError
+from ._protocols import Immediate, Store
 
 T = TypeVar("T")
-
-_first = itemgetter(0)
 
 
 class Done(Generic[T]):
@@ -35,12 +33,21 @@ class Done(Generic[T]):
 class Direct:
     """The requests of one event loop. See ``Lines`` for the methods."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, store: Immediate) -> None:
         self._loop = loop
+        self.begin = store.begin
+        many = cast("Store", store)
+        self._of_one: dict[Call, Callable[[Any], Any]] = {many.get_many: store.get, many.write_many: store.write}
 
     def read(self, call: Call, key: bytes, item: Any) -> asyncio.Future[Any]:  # noqa: ARG002  # as in Lines
         """Return the answer of *call* to *item*, in a future that is done."""
-        return self._ask(call, [item], _first)
+        future: asyncio.Future[Any] = asyncio.Future(loop=self._loop)
+        try:
+            of_one = self._of_one.get(call)
+            future.set_result(_over(call((item,)))[0] if of_one is None else of_one(item))
+        except Exception as error:  # noqa: BLE001  # as in Lines: whoever asked is told
+            future.set_exception(StoreError.of(error))
+        return future
 
     def write(self, call: Call, key: bytes, item: Any, size: int = 0) -> asyncio.Future[Any]:  # noqa: ARG002
         """The same."""
@@ -48,15 +55,7 @@ class Direct:
 
     def read_groups(self, call: Call, keys: Sequence[bytes]) -> list[tuple[Sequence[bytes], asyncio.Future[Any]]]:
         """All *keys* in one part, with the future of the list of their answers."""
-        return [(keys, self._ask(call, keys, list))] if keys else []
-
-    def _ask(self, call: Call, items: Sequence[Any], take: Callable[[Sequence[Any]], Any]) -> asyncio.Future[Any]:
-        future = self._loop.create_future()
-        try:
-            future.set_result(take(_over(call(items))))
-        except Exception as error:  # noqa: BLE001  # as in Lines: whoever asked is told
-            future.set_exception(StoreError.of(error))
-        return future
+        return [(keys, self.read(lambda groups: Done([_over(call(groups[0]))]), b"", keys))] if keys else []
 
     async def settle(self) -> None:
         """Nothing is ever under way."""

@@ -16,7 +16,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 from ._blake import blake2b
 from ._changes import Part
@@ -35,7 +35,7 @@ from ._lines import Lines
 from ._marks import OWNED, Marks, Standing
 from ._near import Near
 from ._placeholders import Placeholders
-from ._protocols import Coherent, Monitored, Observer, Store, Switching, Used
+from ._protocols import Coherent, Immediate, Monitored, Observer, Store, Switching, Used
 from ._tokens import draw
 from ._use import Use
 
@@ -176,7 +176,7 @@ class Engine:
     def _open(self, loop: asyncio.AbstractEventLoop) -> Session:
         lines: Lines | Direct
         if "immediate" in vars(type(self.store)):  # of the class itself: one derived from it may do otherwise
-            lines = Direct(loop)
+            lines = Direct(loop, cast("Immediate", self.store))
         else:
             lines = Lines(loop, self.store.lane, deadline=self.timeout)
         session = Session(

@@ -208,7 +208,11 @@ class Flights:
             Only this caller leaves. If it was the last one, the work is cancelled.
         """
         if not flight.landed:  # an eager task factory may have flown it already
-            await self._landing(flight, within)
+            caller = _caller()
+            if caller is None:
+                await self._landing(flight, within)
+            else:
+                await self._landing_within(caller, flight, within)
             if not flight.landed:
                 return PENDING
         if flight.error is not None:
@@ -216,12 +220,18 @@ class Flights:
             raise flight.error.with_traceback(flight.trace)
         return flight.result
 
+    async def _landing_within(self, caller: Flight, flight: Flight, within: float | None) -> None:
+        if flight.task is not None and (route := flight.route_to(caller)) is not None:
+            raise _circle([caller, *route])
+        caller.waits_for[flight] = caller.waits_for.get(flight, 0) + 1
+        try:
+            await self._landing(flight, within)
+        finally:
+            caller.waits_for[flight] -= 1
+            if not caller.waits_for[flight]:
+                del caller.waits_for[flight]
+
     async def _landing(self, flight: Flight, within: float | None) -> None:
-        caller = _caller()
-        if caller is not None:
-            if flight.task is not None and (route := flight.route_to(caller)) is not None:
-                raise _circle([caller, *route])
-            caller.waits_for[flight] = caller.waits_for.get(flight, 0) + 1
         future: asyncio.Future[None] = self._loop.create_future()
         flight.waiters.add(future)
         timer = None if within is None else self._loop.call_later(within, _wake, future)
@@ -241,10 +251,6 @@ class Flights:
         finally:
             if timer is not None:
                 timer.cancel()
-            if caller is not None:
-                caller.waits_for[flight] -= 1
-                if not caller.waits_for[flight]:
-                    del caller.waits_for[flight]
 
     def _refuse_descent(self, key: bytes, caller: Flight | None) -> None:
         """Refuse a load inside one of the same key, detached or not: its loader would ask again, without end."""
@@ -270,7 +276,9 @@ class Flights:
         self._flights.discard(flight)
         if flight.task is not None and not flight.task.cancelled():
             flight.task.exception()  # the waiters have it; asyncio need not warn of it
-        self._land(flight, asyncio.CancelledError())  # if it was cancelled before its first step
+        if not flight.landed:
+            self._land(flight, asyncio.CancelledError())  # it was cancelled before its first step
+        flight.task = None  # a circle, through its context: what was loaded would stay until the collector comes
 
     def _land(self, flight: Flight, error: BaseException | None) -> None:
         if flight.landed:

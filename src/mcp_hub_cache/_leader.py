@@ -73,7 +73,7 @@ class Trip:
 
     Attributes:
         spare: The stale hit that may stand in for what the flight yields.
-        seen: The token of what was found; the flight is not satisfied with that very entry.
+        seen: What was found (``seen_in``): the flight is not satisfied with that very entry.
         ahead: There is something fresh: who asks for it need not wait.
         behind: Nobody waits for it: it goes on in the background from the start.
         tags: The entry's, as far as they are known before the load.
@@ -94,7 +94,7 @@ class Trip:
         tags: Iterable[str] = (),
         *,
         spare: Hit | None = None,
-        seen: bytes | None = None,
+        seen: tuple[bytes, float] | None = None,
         ahead: bool = False,
         behind: bool = False,
     ) -> None:
@@ -110,9 +110,22 @@ class Trip:
         self.look: Any = None
         self.over = False
 
+    def is_unmoved(self) -> bool:
+        """Whether nothing has happened to the key since it was last known to stand, as far as that is told."""
+        return self.begun is None or (self.part is not None and self.part.holds())
+
+    def surely_stands(self) -> bool:
+        """Whether nobody need be asked for who comes now to join the load."""
+        return not self.marks and self.is_unmoved()
+
     def is_of(self, digests: frozenset[bytes]) -> bool:
         """Whether its entry has one of these tags, as far as that is known."""
         return not digests.isdisjoint(self.digests)
+
+
+def seen_in(hit: Hit) -> tuple[bytes, float]:
+    """What tells an entry from its successors, one that was let live anew among them."""
+    return hit.head.token, hit.head.fresh_until
 
 
 class Landed(NamedTuple):
@@ -277,7 +290,7 @@ class Leader:
         frame = unpack(data, self._key)
         if hit.stale is not None:
             trip.spare = hit
-        elif not plan.refresh and hit.head.token != trip.seen:
+        elif not plan.refresh and seen_in(hit) != trip.seen:
             # Somebody stored it between our lookup and our beginning.
             if hit.head.codec == FAILURE:
                 raise hit.value

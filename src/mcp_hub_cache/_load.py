@@ -26,7 +26,7 @@ from ._exceptions import CircularLoadError, StoreError
 from ._flight import PENDING, Flight
 from ._frame import TOKEN
 from ._freshness import lead
-from ._leader import Landed, Leader, NothingToDoError, Plan, Trip
+from ._leader import Landed, Leader, NothingToDoError, Plan, Trip, seen_in
 from ._placeholders import heed
 from ._shortcut import AGAIN
 from ._writes import Writes
@@ -88,7 +88,7 @@ class Loads:
                     spare = engine.untrusted(near, plan.classes)
             if spare is not None and self._stands_in_at_once(session, key, spare, loader, plan, tags):
                 return self._stand_in(spare, plan)
-            trip = Trip((*rules.tags, *tags()), spare=spare, seen=spare and spare.head.token)
+            trip = Trip((*rules.tags, *tags()), spare=spare, seen=spare and seen_in(spare))
             work = Leader(engine, self._writes, key, loader, plan, reachable=reachable).fly
             flight, leads = flights.board(key, plan.name, work, anew=plan.refresh, group=plan.owner, cargo=trip)
             if not leads:
@@ -119,7 +119,7 @@ class Loads:
     ) -> Any:
         tell_read(hit, plan.observers)
         if plan.rules.early and self._is_due(session, key, hit, plan):
-            trip = Trip((*plan.rules.tags, *tags()), seen=hit.head.token, ahead=True, behind=True)
+            trip = Trip((*plan.rules.tags, *tags()), seen=seen_in(hit), ahead=True, behind=True)
             self._refresh(session, key, loader, plan, trip)
         if hit.head.codec == FAILURE:
             raise hit.value
@@ -155,7 +155,7 @@ class Loads:
             return True
         if plan.rules.soft_timeout != 0:
             return False
-        trip = Trip((*plan.rules.tags, *tags()), spare=spare, seen=spare.head.token, behind=True)
+        trip = Trip((*plan.rules.tags, *tags()), spare=spare, seen=seen_in(spare), behind=True)
         self._refresh(session, key, loader, plan, trip)
         return True
 
@@ -168,12 +168,17 @@ class Loads:
             flight, _ = session.flights.board(key, plan.name, work, group=plan.owner, cargo=trip, kept=True)
         except CircularLoadError:  # a loader that asks for itself, and is served
             return
+        if flight.task is None:  # an eager task factory has flown it already
+            self._refreshed(flight, plan)
+            return
         session.behind += 1
-        assert flight.task is not None
-        flight.task.add_done_callback(lambda _: self._refreshed(session, flight, plan))
+        flight.task.add_done_callback(lambda _: self._landed_behind(session, flight, plan))
 
-    def _refreshed(self, session: Session, flight: Flight, plan: Plan) -> None:
+    def _landed_behind(self, session: Session, flight: Flight, plan: Plan) -> None:
         session.behind -= 1
+        self._refreshed(flight, plan)
+
+    def _refreshed(self, flight: Flight, plan: Plan) -> None:
         error = flight.error
         if isinstance(error, Exception) and not isinstance(error, NothingToDoError):
             self._engine.warn_once(
@@ -202,7 +207,7 @@ class Loads:
         """
         session = self._engine.session()
         late = flight.begun
-        if late and not await self._still_stands(session, flight):
+        if late and not flight.cargo.surely_stands() and not await self._still_stands(session, flight):
             return AGAIN
         spare = spare or self._spare_of(flight, plan)
         if spare is None:
@@ -259,8 +264,7 @@ class Loads:
     async def _still_stands(self, session: Session, flight: Flight) -> bool:
         """Whether nothing has happened to the key, or to its tags, since the load began; else it is detached."""
         trip: Trip = flight.cargo
-        part = trip.part
-        stands = trip.begun is None or (part is not None and part.holds()) or await self._look(session, flight)
+        stands = trip.is_unmoved() or await self._look(session, flight)
         if stands and trip.marks:
             try:
                 stands = (await session.marks.stand(self._engine.root(flight.key), trip.marks)).good

@@ -48,12 +48,15 @@ class Placeholders:
         # Bound once: a line tells kinds of requests apart by the identity of their call.
         self._begin = partial(store.begin_many, hold=HOLD)
         self._write = store.write_many
+        self._begin_at_once = lines.begin if isinstance(lines, Direct) else None
         self._release = self._release_many
         if self._leases is not None:
             self._renew = partial(self._leases.renew_many, hold=HOLD)
 
     async def begin(self, key: bytes) -> Begun | None:
         """See ``Store.begin_many``; None if the store could not be told."""
+        if self._begin_at_once is not None:
+            return self._begin_at_once(key, HOLD)
         try:
             begun: Begun = await self._lines.write(self._begin, key, key)
         except StoreError as error:

@@ -172,6 +172,18 @@ class Immediate(Protocol):
 
     immediate: ClassVar[Literal[True]]
 
+    def get(self, key: bytes, /) -> bytes | None:
+        """``get_many`` of one key: no list and no awaitable around it, on the way of every miss. So for the others."""
+        ...
+
+    def begin(self, key: bytes, hold: float, /) -> Begun:
+        """``begin_many`` of one key."""
+        ...
+
+    def write(self, write: Write, /) -> Outcome:
+        """``write_many`` of one write."""
+        ...
+
 
 @runtime_checkable
 class Leases(Protocol):

@@ -28,6 +28,7 @@ class View(MemoryStore):
     def __init__(self, other: MemoryStore) -> None:
         super().__init__(clock=other.now)
         self._entries = other._entries
+        self._planted = other._planted
         self._buckets = other._buckets
         self._words = other._words
         self._changes = Changes(self._words, other.now)

@@ -136,10 +136,12 @@ async def test_killed_writers_never_tear_an_entry(tmp_path: Path) -> None:
         for _ in range(25):
             tell(writers, "go")
             pid = int(await hear(writers))
-            before, goal = store.stamp(KEYS[0]), reads + 60
+            before, goal = [store.stamp(key) for key in KEYS], reads + 60
             async with asyncio.timeout(20):
-                # Killed at no particular moment, but not before it has written anything.
-                while (reads < goal or store.stamp(KEYS[0]) == before) and not reading.done():
+                # Killed at no particular moment, but not before it has written everything once.
+                while (
+                    reads < goal or any(store.stamp(key) == was for key, was in zip(KEYS, before, strict=True))
+                ) and not reading.done():
                     await asyncio.sleep(0.001)
             os.kill(pid, signal.SIGKILL)
             assert await hear(writers) == "dead"

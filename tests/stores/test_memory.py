@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 
 from mcp_hub_cache._changes import Changes
-from mcp_hub_cache._protocols import Store, Write
+from mcp_hub_cache._protocols import Fence, Store, Write
 from mcp_hub_cache.stores.memory import MemoryStore
 from mcp_hub_cache.testing import FakeClock, StoreConformance, entry_frame
 
@@ -18,6 +18,7 @@ class _View(MemoryStore):
     def __init__(self, other: MemoryStore) -> None:
         super().__init__(clock=other.now)
         self._entries = other._entries
+        self._planted = other._planted
         self._buckets = other._buckets
         self._words = other._words
         self._changes = Changes(self._words, other.now)
@@ -84,6 +85,29 @@ async def test_expired_entries_make_room_without_being_read() -> None:
     for n in range(100):
         await store.write_many([_write(store, b"new%d" % n, 10)])
     assert (await store.info())["expired_keys"] == 0
+
+
+async def test_placeholders_take_no_room_and_are_no_entries() -> None:
+    store = MemoryStore(max_bytes=1000)
+    begun = [store.begin(b"loading%d" % n, 10.0) for n in range(100)]
+    assert (await store.info())["total_keys"] == 0
+    await store.write_many([_write(store, b"other", 500)])
+    assert store.write(_write(store, b"loading0", 10)._replace(fence=begun[0].fence)) == "done"
+    assert (await store.info())["total_keys"] == 2
+    assert {key async for page in store.scan(b"loading") for key, _ in page} == {b"loading%d" % n for n in range(100)}
+
+
+async def test_expired_placeholders_do_not_heap_up() -> None:
+    clock = FakeClock()
+    store = MemoryStore(clock=clock)
+    for n in range(100):
+        store.begin(b"old%d" % n, 10.0)
+    clock.advance(11.0)
+    for n in range(100):
+        assert store.begin(b"new%d" % n, 10.0).leader
+    assert len([key async for page in store.scan(b"") for key, _ in page]) == 100
+    assert not store._holds(b"old0", Fence(store.id, b"x"))
+    assert len(store._planted) == 100
 
 
 async def _filled(count: int) -> MemoryStore:

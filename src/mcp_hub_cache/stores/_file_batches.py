@@ -18,6 +18,7 @@ from .._frame import HEAD_SIZE, TOKEN, Kind, patch_head, peek, placeholder
 from .._protocols import Begun, Fence, Held, Outcome, Patch, Write
 from .._tokens import new_token
 from ._file_folder import Folder
+from ._file_memory import NotHereError
 from ._file_places import Place
 from ._file_reads import Reads
 from ._file_shelf import LOCK_SECONDS, Shelf, charge_of, store_error
@@ -54,6 +55,18 @@ class Batches:
         if trouble and len(trouble) == len(keys):
             raise store_error(trouble[0], self._folder.directory)
         return found
+
+    def glance(self, key: bytes) -> bytes | None:
+        """The frame of *key*, had on the event loop, without waiting.
+
+        Raises:
+            NotHereError: It can't be had so.
+        """
+        place = self._folder.place(key)
+        memory = self._folder.memory(place.space)
+        if memory is None:
+            raise NotHereError
+        return self._reads.glance(self._folder.file(place), memory)
 
     def _fronts(self, places: Sequence[Place], size: int) -> tuple[list[bytes | None], list[OSError]]:
         found: list[bytes | None] = []

@@ -33,6 +33,7 @@ from collections.abc import Callable
 from typing import Final
 
 from .._changes import Changes
+from ._file_memory import Memory
 
 NAME: Final = "counters"
 SHELVES: Final = 256
@@ -60,13 +61,21 @@ class Table:
     Attributes:
         changes: The counters, for near caches.
         inode: Device and inode. Held open here, so that a file of the same inode is the same file.
+        memory: Of the file system it is on.
     """
 
-    __slots__ = ("__weakref__", "_clock", "_fd", "_map", "_refusal", "_usage", "_words", "changes", "inode")
+    __slots__ = ("__weakref__", "_clock", "_fd", "_map", "_refusal", "_usage", "_words", "changes", "inode", "memory")
 
-    def __init__(
-        self, fd: int, mapped: mmap.mmap, inode: tuple[int, int], refusal: OSError | None, clock: Callable[[], float]
+    def __init__(  # noqa: PLR0917  # called in one place
+        self,
+        path: str,
+        fd: int,
+        mapped: mmap.mmap,
+        inode: tuple[int, int],
+        refusal: OSError | None,
+        clock: Callable[[], float],
     ) -> None:
+        self.memory = Memory(path)
         self._fd = fd
         self._refusal = refusal
         self._map = mapped
@@ -155,7 +164,7 @@ def open_table(path: str, clock: Callable[[], float]) -> Table | None:
         if stat.S_ISREG(facts.st_mode) and facts.st_size == _SIZE:
             mapped = mmap.mmap(fd, _SIZE, mmap.MAP_SHARED, mmap.PROT_READ)
             if _HEADER.unpack_from(mapped)[:2] == (_MAGIC, _VERSION):
-                return Table(fd, mapped, (facts.st_dev, facts.st_ino), refusal, clock)
+                return Table(path, fd, mapped, (facts.st_dev, facts.st_ino), refusal, clock)
             mapped.close()
     except BaseException:
         os.close(fd)

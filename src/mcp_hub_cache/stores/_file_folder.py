@@ -38,6 +38,7 @@ from typing import Final
 from .._exceptions import StoreMisconfiguredError, StorePermissionError, StoreTimeoutError
 from . import _file_counters
 from ._file_counters import SHELVES, Table
+from ._file_memory import Memory
 from ._file_places import OTHER, TAG, Place, Places
 from ._file_shelf import (
     BLOCK,
@@ -320,6 +321,13 @@ class Folder(Places):
     def open_table(self, space: str) -> Table | None:
         """The namespace's table if it is open: no system call."""
         return self._tables.get(space)
+
+    def memory(self, space: str) -> Memory | None:
+        """What reads the namespace's files without waiting; None: nothing does now. Doesn't wait itself."""
+        # The look at the table's path finds it in memory: it is open, which keeps it there and all that is above it.
+        if not self._checked or (table := self._tables.get(space)) is None or not table.memory.serves:
+            return None
+        return table.memory if self._current(space) is table else None
 
     def distrust(self) -> None:
         """Void all stamps taken so far."""

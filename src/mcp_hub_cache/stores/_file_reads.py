@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import Final
 
 from .._frame import claim
+from ._file_memory import Memory, NotHereError
 from ._file_shelf import QUIET, hint, read_frame
 
 _CHUNK: Final = 64 * 1024  # to ask for more than there is costs nothing; what is larger than this can be asked twice
@@ -72,6 +73,24 @@ class Reads:
                     noted.add(path)
         return trouble
 
+    def glance(self, path: str, memory: Memory) -> bytes | None:
+        """The frame in the file at *path*, had without waiting; None as in ``read_frame``.
+
+        Raises:
+            NotHereError: It can't be had so.
+        """
+        noted = self._fresh()
+        if path not in noted and not memory.holds_all:
+            raise NotHereError  # to note its use may wait for the file system's journal
+        try:
+            file = memory.open(path)
+        except FileNotFoundError:
+            return None
+        try:
+            return self._whole(file, memory.read(file), path, self._clock(), noted)
+        finally:
+            os.close(file)
+
     def _fresh(self) -> set[str]:
         now = time.monotonic()
         if now - self._since >= _NOTED_FOR:
@@ -82,17 +101,23 @@ class Reads:
     def _one(self, path: str, now: float, noted: set[str]) -> bytes | None:
         file = os.open(path, QUIET)
         try:
-            data = os.read(file, _CHUNK)
-            said = claim(data)
-            if said is not None and said.size == len(data) and now < said.keep_until:
-                if path not in noted:
-                    with suppress(OSError):  # not ours to mark as used: a read-only folder
-                        os.utime(file, ns=(time.time_ns(), hint(said.keep_until, said.kind)))
-                    noted.add(path)
-                return data
+            return self._whole(file, os.read(file, _CHUNK), path, now, noted)
+        except NotHereError:
+            pass
         finally:
             os.close(file)
         return read_frame(path, self._clock)
+
+    def _whole(self, file: int, data: bytes, path: str, now: float, noted: set[str]) -> bytes:
+        """*data*, if it is a whole frame that has not expired; notes its use."""
+        said = claim(data)
+        if said is None or said.size != len(data) or now >= said.keep_until:
+            raise NotHereError
+        if path not in noted:
+            with suppress(OSError):  # not ours to mark as used: a read-only folder
+                os.utime(file, ns=(time.time_ns(), hint(said.keep_until, said.kind)))
+            noted.add(path)
+        return data
 
 
 def _note(path: str) -> None:

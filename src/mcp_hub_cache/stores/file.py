@@ -1,7 +1,8 @@
 """A store in a folder: no server, many processes, nothing lost to a kill.
 
 Strategy: every call is one job in a thread of the store's own (``_file_batches``), so the event loop never waits for a
-disk and a cancelled caller never leaves a job half-way. What has to be true on disk is true there, whoever dies when:
+disk and a cancelled caller never leaves a job half-way; only a lone read is had without one where the kernel says that
+it is in memory (``_file_memory``). What has to be true on disk is true there, whoever dies when:
 see ``_file_folder``. This module is what binds that to an event loop: threads, the sweep in the background, eviction
 when a write went over the bound.
 
@@ -26,19 +27,22 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from aiofiles.os import wrap
 
+from .._answer import Answer, when_done
 from .._changes import Slot
-from .._exceptions import StoreError
+from .._exceptions import StoreError, StoreUnreachableError
 from .._frame import HEAD_SIZE
 from .._lifetime import PerLoop
 from .._protocols import Begun, Held, Outcome, Patch, Write
 from . import _file_upkeep, next_store_id
 from ._file_batches import Batches
 from ._file_folder import Folder
+from ._file_memory import NotHereError
 from ._file_shelf import bucket_of, store_error
 from ._file_threads import Aside, Threads
 
@@ -140,7 +144,7 @@ class FileStore:
         if self._local.peek() is None:
             self._folder.close()
 
-    def _job(self, work: Callable[..., T], *args: object) -> Awaitable[T]:
+    def _job(self, work: Callable[..., T], *args: object) -> asyncio.Future[T]:
         return self._local.get().threads.submit(_call, self._folder, work, *args)
 
     def _change(self, work: Callable[..., T], *args: object) -> Awaitable[T]:
@@ -161,8 +165,29 @@ class FileStore:
     # Store
 
     def get_many(self, keys: Sequence[bytes], /) -> Awaitable[list[bytes | None]]:
-        """See ``Store.get_many``."""
-        return self._job(self._batches.get, keys)
+        """See ``Store.get_many``. One key's file is read on the loop where it is in memory (``_file_memory``)."""
+        if len(keys) != 1:
+            return self._job(self._batches.get, keys)
+        self._local.get()  # opened, if it is not yet
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[list[bytes | None]] = Answer(loop=loop)
+        # Not in the caller's step: one who asks for many in turn lets others have theirs, and those who ask at once
+        # with others gather in a batch.
+        loop.call_soon(self._glance, keys, future)
+        return future
+
+    def _glance(self, keys: Sequence[bytes], future: asyncio.Future[list[bytes | None]]) -> None:
+        if future.done():
+            return
+        try:
+            found = self._batches.glance(keys[0])
+        except (NotHereError, OSError):  # a thread finds out what it is
+            if self._local.peek() is None:
+                future.set_exception(StoreUnreachableError("the store was closed while it was asked."))
+            else:
+                when_done(self._job(self._batches.get, keys), partial(_pass_on, future))
+        else:
+            future.set_result([found])
 
     def head_many(self, keys: Sequence[bytes], /) -> Awaitable[list[bytes | None]]:
         """See ``Store.head_many``."""
@@ -357,6 +382,16 @@ class FileStore:
             return
         if dropped and self.on_evict is not None:
             self.on_evict(dropped)
+
+
+def _pass_on(future: asyncio.Future[T], job: asyncio.Future[T]) -> None:
+    if future.done():
+        return
+    error = job.exception()
+    if error is None:
+        future.set_result(job.result())
+    else:
+        future.set_exception(error)
 
 
 def _call(folder: Folder, work: Callable[..., Any], *args: object) -> Any:
