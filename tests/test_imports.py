@@ -34,6 +34,7 @@ LAYERS = [
     {"_async_cache", "_classes", "_placeholders", "_policy"},
     {"_direct"},
     {"_bind", "_flight", "_frame", "_l1", "_lifetime", "_lines", "_protocols", "_shapes", "_stats"},
+    {"_lane"},
     {"_answer", "_figures", "_batches", "_blake", "_changes", "_exceptions", "_tokens"},
 ]
 RANKS = {module: len(LAYERS) - rank for rank, layer in enumerate(LAYERS) for module in layer}

@@ -9,7 +9,8 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, Final
 
 from ._classes import ClassSet
@@ -22,6 +23,8 @@ from ._policy import span
 from ._protocols import Fence, Outcome, Patch, Write
 from ._tokens import new_token
 
+# What ``Write(...)`` does, without its frame of Python.
+_write: Final[Callable[[tuple[bytes, bytes, float | None, Fence | None]], Write]] = partial(tuple.__new__, Write)
 _TRIES: Final = 3  # for what is compared and written: others may be quicker so often
 
 
@@ -62,8 +65,14 @@ class Writes:
         session = self._engine.session()
         session.forget(key)
         write = self.framed(key, codec, payload, ttl)
-        outcome = await self._submit(session, self._write, key, write, len(write.frame))
+        # ``_submit`` spelled out: one coroutine less.
+        try:
+            outcome: Outcome = await session.lines.write(self._write, key, write, len(write.frame))
+        except StoreError as error:
+            outcome = error
+        session.l1.drop(key)
         if outcome != "done" and isinstance(outcome, StoreError):
+            self._engine.trouble(outcome)
             await self.withdraw(session, key, outcome)
 
     async def write_many(self, entries: Sequence[tuple[bytes, int, bytes]], ttl: float) -> None:
@@ -121,7 +130,7 @@ class Writes:
             cost=cost,
             marks=() if owner is None else (Mark(owner, OWNED),),
         )
-        return Write(key, frame, until.keep(now), fence)
+        return _write((key, frame, until.keep(now), fence))
 
     def put(self, session: Session, write: Write) -> Coroutine[Any, Any, Outcome]:
         """Carry out a fenced write."""
