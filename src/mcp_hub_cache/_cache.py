@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
 from ._async_cache import AsyncCache, Loader, Seconds
 from ._blake import blake2b
 from ._classes import NOTHING, ClassSet, as_class_set
-from ._engine import Engine, tell_read
+from ._engine import MISS, Engine, tell_read
 from ._flight import Flight
 from ._keys import KeySpace
 from ._l1 import NOT_SHARED
@@ -162,6 +162,9 @@ class Cache(AsyncCache):
                         names.saved += near.cost
                     return value
         engine = self._engine
+        if not engine.has_l1:
+            value = await engine.fetch(self._key(key), _classes(as_type))
+            return default if value is MISS else value
         hit, _ = await engine.look_up(engine.session(), self._key(key), _classes(as_type))
         tell_read(hit, engine.observers)
         if hit is None:
