@@ -794,6 +794,28 @@ async def test_eight_mib_fit_and_no_more(cache: Cache) -> None:
     assert await cache.get("k") == b"x" * limit
 
 
+@pytest.mark.parametrize("l1_max_entries", [1024, 0])
+async def test_large_values_are_verified_and_come_back_exactly(backend: Backend, l1_max_entries: int) -> None:
+    cache = backend.open(l1_max_entries=l1_max_entries)
+    for value in (bytes(range(256)) * 4096, {"text": "x" * 1_000_000}):
+        await cache.set("k", value)
+        found = await cache.get("k")
+        assert type(found) is type(value)
+        assert found == value
+    frame = await stored(cache, "k")
+    assert frame is not None
+    await store_raw(cache, "k", frame[:-1] + bytes([frame[-1] ^ 1]))
+    await poll_miss(cache)
+    assert cache.stats.errors == {"corrupt": 1}
+    await backend.aclose()
+
+
+async def poll_miss(cache: Cache) -> None:
+    """Until the near cache has heard of what was written past it."""
+    while await cache.get("k", MISSING) is not MISSING:
+        await asyncio.sleep(0)
+
+
 async def test_errors_never_hold_the_value(cache: Cache) -> None:
     for value in ({"password": object(), "hunter2": object()}, ["hunter2", object()], "hunter2" * 2_000_000):
         with pytest.raises((UncacheableError, ValueTooLargeError)) as caught:

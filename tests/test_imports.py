@@ -35,7 +35,7 @@ LAYERS = [
     {"_direct"},
     {"_bind", "_flight", "_frame", "_l1", "_lifetime", "_lines", "_protocols", "_shapes", "_stats"},
     {"_lane"},
-    {"_answer", "_figures", "_batches", "_blake", "_changes", "_exceptions", "_tokens"},
+    {"_answer", "_figures", "_batches", "_blake", "_changes", "_exceptions", "_steps", "_tokens"},
 ]
 RANKS = {module: len(LAYERS) - rank for rank, layer in enumerate(LAYERS) for module in layer}
 

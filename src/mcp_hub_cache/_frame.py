@@ -242,7 +242,7 @@ def open_entry(data: bytes, key: bytes) -> tuple[int, float, float, float, float
     """Return codec, created, fresh_until, keep_until, cost and payload of the intact entry that *data* holds for *key*.
 
     None: it holds anything else, or what is to be unpacked. On the way of most reads: it makes no object that most have
-    no use for, and leaves it to ``unpack`` to say what is wrong, which halves the time.
+    no use for, and leaves it to ``unpack`` to say what is wrong.
     """
     front = data[:HEAD_SIZE]
     if len(front) < HEAD_SIZE or len(data) > _COPIED:
