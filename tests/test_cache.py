@@ -35,8 +35,8 @@ from mcp_hub_cache import (
     WrongLoopError,
 )
 from mcp_hub_cache._async_cache import Seconds
-from mcp_hub_cache._frame import HEAD_SIZE, unpack_head
-from mcp_hub_cache._lines import Lane
+from mcp_hub_cache._frame import HEAD_SIZE, pack, unpack_head
+from mcp_hub_cache._lane import Lane
 from mcp_hub_cache._writes import Life
 from mcp_hub_cache.stores.memory import MemoryStore
 from mcp_hub_cache.testing import FaultyStore
@@ -795,6 +795,28 @@ async def test_eight_mib_fit_and_no_more(cache: Cache) -> None:
     assert await cache.get("k") == b"x" * limit
 
 
+@pytest.mark.parametrize("l1_max_entries", [1024, 0])
+async def test_large_values_are_verified_and_come_back_exactly(backend: Backend, l1_max_entries: int) -> None:
+    cache = backend.open(l1_max_entries=l1_max_entries)
+    for value in (bytes(range(256)) * 4096, {"text": "x" * 1_000_000}):
+        await cache.set("k", value)
+        found = await cache.get("k")
+        assert type(found) is type(value)
+        assert found == value
+    frame = await stored(cache, "k")
+    assert frame is not None
+    await store_raw(cache, "k", frame[:-1] + bytes([frame[-1] ^ 1]))
+    await poll_miss(cache)
+    assert cache.stats.errors == {"corrupt": 1}
+    await backend.aclose()
+
+
+async def poll_miss(cache: Cache) -> None:
+    """Until the near cache has heard of what was written past it."""
+    while await cache.get("k", MISSING) is not MISSING:
+        await asyncio.sleep(0)
+
+
 async def test_errors_never_hold_the_value(cache: Cache) -> None:
     for value in ({"password": object(), "hunter2": object()}, ["hunter2", object()], "hunter2" * 2_000_000):
         with pytest.raises((UncacheableError, ValueTooLargeError)) as caught:
@@ -896,6 +918,33 @@ async def test_coalesced_callers_never_share_mutable_objects(cache: Cache) -> No
     assert await cache.get("k") == {"a": [1]}
 
 
+async def test_without_l1_only_what_is_fresh_is_a_hit(backend: Backend, cache: Cache) -> None:
+    bare = backend.open(l1_max_entries=0)
+    now = bare.store.now()
+    for created, fresh_until, keep_until, hit in (
+        (now - 1, now + 60, now + 60, True),
+        (now + 60, now + 90, now + 90, False),  # written under a clock that has since been set back
+        (now - 9, now - 1, now + 60, False),
+        (now - 9, now + 60, now - 1, False),
+    ):
+        key, times = bare._key("k"), {"created": created, "fresh_until": fresh_until, "keep_until": keep_until}
+        await store_raw(bare, "k", pack(key, b"1", codec=1, token=bytes(8), **times))
+        assert await bare.get("k", MISSING) == (1 if hit else MISSING)
+    assert (bare.stats.hits, bare.stats.misses, bare.stats.errors) == (1, 3, {})
+
+
+async def test_without_l1_a_hit_tells_what_it_has_saved(backend: Backend, cache: Cache) -> None:
+    async def load() -> str:
+        await asyncio.sleep(0.002)
+        return "x"
+
+    bare = backend.open(l1_max_entries=0)
+    await bare.get_or_load("k", load)
+    before = bare.stats.saved_seconds
+    assert await bare.get("k") == "x"
+    assert bare.stats.saved_seconds >= before + 0.001
+
+
 # Damage
 
 
@@ -924,12 +973,13 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 }
 
 
+@pytest.mark.parametrize("l1_max_entries", [1024, 0])
 @pytest.mark.parametrize("kind", DAMAGE)
 async def test_damaged_bytes_are_a_miss_counted_and_logged_without_contents(
-    cache: Cache, backend: Backend, kind: str, caplog: pytest.LogCaptureFixture
+    cache: Cache, backend: Backend, kind: str, l1_max_entries: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     damage, reason = DAMAGE[kind]
-    reader = backend.open()
+    reader = backend.open(l1_max_entries=l1_max_entries)
     await cache.set("k:SECRET", {"a": "SECRET"})
     frame = await stored(cache, "k:SECRET")
     assert frame is not None
@@ -975,21 +1025,25 @@ async def test_damaged_bytes_can_be_overwritten_and_deleted(cache: Cache, kind: 
     assert await stored(cache, "k") is None
 
 
-async def test_a_frame_under_another_key_is_a_miss(cache: Cache) -> None:
+async def test_a_frame_under_another_key_is_a_miss(cache: Cache, backend: Backend) -> None:
     await cache.set("alice", "her secret")
     frame = await stored(cache, "alice")
     assert frame is not None
     await store_raw(cache, "bob", frame)
-    assert await cache.get("bob") is None
-    assert cache.stats.errors == {"wrong-key": 1}
+    for reader in (cache, backend.open(l1_max_entries=0)):
+        assert await reader.get("bob") is None
+        assert reader.stats.errors == {"wrong-key": 1}
 
 
-async def test_a_payload_that_cannot_be_decoded_is_a_miss(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_payload_that_cannot_be_decoded_is_a_miss(
+    cache: Cache, backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
     codec, _ = cache._writes.encode({"a": 1}, cache_classes())
     write = cache._writes.framed(cache._key("k"), codec, b'{"SECRET": [1,', Life(60.0))
     await store_raw(cache, "k", write.frame)
-    assert await cache.get("k", "default") == "default"
-    assert cache.stats.errors == {"undecodable": 1}
+    for reader in (cache, backend.open(l1_max_entries=0)):
+        assert await reader.get("k", "default") == "default"
+        assert reader.stats.errors == {"undecodable": 1}
     assert "SECRET" not in caplog.text
 
 

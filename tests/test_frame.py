@@ -21,6 +21,7 @@ from mcp_hub_cache._frame import (
     claim,
     is_live,
     key_of,
+    open_entry,
     pack,
     patch_head,
     peek,
@@ -75,6 +76,7 @@ def test_every_flipped_bit_is_a_frame_error(name: str) -> None:
         data[position // 8] ^= 1 << position % 8
         with pytest.raises(FrameError):
             unpack(bytes(data), KEY)
+        assert open_entry(bytes(data), KEY) is None
         if position < HEAD_SIZE * 8:
             assert peek(bytes(data)) is None
         data[position // 8] ^= 1 << position % 8
@@ -86,9 +88,11 @@ def test_every_truncation_and_extension_is_a_frame_error(name: str) -> None:
     for length in range(len(data)):
         with pytest.raises(FrameError):
             unpack(data[:length], KEY)
+        assert open_entry(data[:length], KEY) is None
     for more in (b"\0", data):
         with pytest.raises(FrameError):
             unpack(data + more, KEY)
+        assert open_entry(data + more, KEY) is None
 
 
 @pytest.mark.parametrize("key", [b"", KEY[:-1], KEY + b"3", b"mcp_hub:default:e:plan:43", KEY.upper()])
@@ -96,6 +100,7 @@ def test_another_key_is_a_frame_error(key: bytes) -> None:
     with pytest.raises(FrameError) as caught:
         unpack(entry(), key)
     assert caught.value.reason == "wrong-key"
+    assert open_entry(entry(), key) is None
 
 
 @pytest.mark.parametrize(("offset", "value"), [(4, 2), (4, 0), (4, 255), (7, 1), (7, 128)])
@@ -106,6 +111,7 @@ def test_a_newer_version_or_an_unknown_flag_is_a_frame_error(offset: int, value:
     with pytest.raises(FrameError) as caught:
         unpack(bytes(data), KEY)
     assert caught.value.reason == "newer"
+    assert open_entry(bytes(data), KEY) is None
 
 
 @pytest.mark.parametrize(
@@ -136,6 +142,7 @@ def test_random_bytes_are_frame_errors(data: bytes) -> None:
     for candidate in (data, b"\x89MHC\x01" + data):
         with pytest.raises(FrameError):
             unpack(candidate, KEY)
+        assert open_entry(candidate, KEY) is None
 
 
 times = st.floats(allow_nan=False)
@@ -159,6 +166,16 @@ def test_what_is_packed_is_unpacked(key: bytes, payload: bytes, marks: list[Mark
     assert {name: getattr(frame.head, name) for name in fields} == fields
     assert (bytes(frame.payload), frame.marks, key_of(data)) == (payload, tuple(marks), key)
     assert unpack_head(data) == unpack_head(data[:HEAD_SIZE]) == frame.head == peek(data)
+    short = None
+    if fields["kind"] == Kind.ENTRY and not marks:
+        short = (*(fields[name] for name in ("codec", "created", "fresh_until", "keep_until", "cost")), payload)
+    assert open_entry(data, key) == short
+
+
+def test_what_is_large_is_left_to_be_unpacked_without_a_copy() -> None:
+    data = entry(payload=b"x" * 10_000)
+    assert open_entry(data, KEY) is None
+    assert type(unpack(data, KEY).payload) is memoryview
 
 
 @given(payload=st.binary(max_size=100), fresh_until=times, keep_until=times)

@@ -38,7 +38,19 @@ LAYERS = [
     {"_async_cache", "_tags"},
     {"_direct"},
     {"_bind", "_flight", "_frame", "_l1", "_lifetime", "_lines", "_protocols", "_shapes", "_stats"},
-    {"_answer", "_figures", "_batches", "_blake", "_changes", "_durations", "_exceptions", "_freshness", "_tokens"},
+    {"_lane"},
+    {
+        "_answer",
+        "_figures",
+        "_batches",
+        "_blake",
+        "_changes",
+        "_durations",
+        "_exceptions",
+        "_freshness",
+        "_steps",
+        "_tokens",
+    },
 ]
 RANKS = {module: len(LAYERS) - rank for rank, layer in enumerate(LAYERS) for module in layer}
 

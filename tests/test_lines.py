@@ -20,7 +20,8 @@ from mcp_hub_cache._exceptions import (
     StoreTimeoutError,
     StoreUnreachableError,
 )
-from mcp_hub_cache._lines import Lane, Lines
+from mcp_hub_cache._lane import Lane
+from mcp_hub_cache._lines import Lines
 from mcp_hub_cache.stores.memory import MemoryStore
 from tests.backends import turns
 

@@ -16,7 +16,7 @@ from ._async_cache import AsyncCache, Loader, PolicyOptions, Scope, Seconds
 from ._blake import blake2b
 from ._classes import NOTHING, ClassSet, as_class_set
 from ._durations import seconds
-from ._engine import Engine, Takes, tell_read
+from ._engine import MISS, Engine, Takes, tell_read
 from ._flight import Flight
 from ._keys import KeySpace, argument_bytes, digest, scope_of
 from ._l1 import NOT_SHARED
@@ -212,6 +212,9 @@ class Cache(AsyncCache):
                         names.saved += near.cost
                     return value
         engine = self._engine
+        if not engine.has_l1:
+            value = await engine.fetch(self._key(key), _classes(as_type))
+            return default if value is MISS else value
         hit, _ = await engine.look_up(engine.session(), self._key(key), _classes(as_type))
         tell_read(hit, engine.observers)
         if hit is None:

@@ -18,6 +18,7 @@ Rules:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import date, datetime, time, timedelta
 from math import isfinite
 from typing import Any, Final
@@ -36,6 +37,7 @@ FAILURE: Final = 4  # an exception (``_failures``)
 
 _SCALARS: Final = frozenset((str, int, bool, type(None)))
 _FLOAT: Final = frozenset((float,))
+_LONG: Final = 32  # items of a list from which on they are looked at by their set of types first
 _IMMUTABLE: Final = frozenset(
     (str, int, bool, type(None), float, bytes, complex, date, datetime, time, timedelta, UUID, range)
 )
@@ -52,48 +54,41 @@ class DecodeError(ValueError):
 def is_plain(value: Any, max_depth: int = MAX_DEPTH) -> bool:
     """Whether *value* is made of JSON's own types exactly, in at most *max_depth* levels of lists and dicts.
 
-    What orjson refuses by itself (wide integers, lone surrogates) is left to orjson.
+    What orjson refuses by itself (keys that are not exactly str, wide integers, lone surrogates) is left to orjson.
     """
-    kind = type(value)
-    if kind is dict or kind is list:
-        return _walk(value, max_depth, [MAX_CONTAINERS])
-    return kind in _SCALARS or (kind is float and -INF < value < INF)
-
-
-def _walk(value: Any, room: int, budget: list[int]) -> bool:  # noqa: C901, PLR0912  # split up, it is half as fast
-    # The budget ends values that share their parts so often that they would be endless when written out.
-    budget[0] -= 1
-    if not room or budget[0] < 0:
-        return False
-    if type(value) is dict:
-        for key, item in value.items():
-            if type(key) is not str:
-                return False
-            kind = type(item)
-            if kind is str or kind in _SCALARS:
-                continue
-            if kind is float:
-                if not -INF < item < INF:
+    # Level by level, since a call for each container takes as long as looking into it: 40 % less than a recursion.
+    scalars, room = _SCALARS, MAX_CONTAINERS
+    level: list[Iterable[Any]] = [(value,)]
+    for _ in range(max_depth + 1):
+        below: list[Iterable[Any]] = []
+        for items in level:
+            for item in items:
+                kind = type(item)
+                if kind is str or kind in scalars:
+                    continue
+                if kind is float:
+                    if not -INF < item < INF:
+                        return False
+                elif kind is dict:
+                    below.append(item.values())
+                elif kind is not list:
                     return False
-            elif (kind is not dict and kind is not list) or not _walk(item, room - 1, budget):
+                elif len(item) <= _LONG or not _is_flat(item):
+                    below.append(item)
+            # Ends values that share their parts so often that they would be endless when written out.
+            if len(below) > room:
                 return False
-        return True
-    if len(value) > 32:  # an embedding, say
-        kinds = set(map(type, value))
-        if kinds <= _SCALARS:
+        if not below:
             return True
-        if kinds == _FLOAT:
-            return all(map(isfinite, value))
-    for item in value:
-        kind = type(item)
-        if kind is str or kind in _SCALARS:
-            continue
-        if kind is float:
-            if not -INF < item < INF:
-                return False
-        elif (kind is not dict and kind is not list) or not _walk(item, room - 1, budget):
-            return False
-    return True
+        room -= len(below)
+        level = below
+    return False
+
+
+def _is_flat(items: list[Any]) -> bool:
+    """Whether *items*, of which there are many (an embedding, say), hold nothing that must be looked into."""
+    kinds = set(map(type, items))
+    return kinds <= _SCALARS or (kinds == _FLOAT and all(map(isfinite, items)))
 
 
 def encode(value: object, classes: ClassSet = NOTHING) -> tuple[int, bytes]:

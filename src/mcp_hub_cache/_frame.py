@@ -55,6 +55,7 @@ _HEAD: Final = struct.Struct("<5s" + _FIELDS)
 _CRC: Final = struct.Struct("<I")
 _CLAIM: Final = struct.Struct("<5sB26xd4xHHI")  # of the same: kind, keep_until, and what tells the size
 _unpack_fields: Final = struct.Struct("<5x" + _FIELDS).unpack_from
+_unpack_entry: Final = struct.Struct("<6sBB8xdddfHHI4xI4x").unpack  # of the same: what a read asks, and no more
 _make: Final = tuple.__new__  # a NamedTuple's own constructor is Python: 0.4 µs instead of 0.2
 _MARK_SIZE: Final = 24
 _COPIED: Final = 8192  # bytes of a frame up to which its parts are copied
@@ -73,6 +74,9 @@ class Kind(IntEnum):
     MARK = 3  # a tag's current mark
     OVER = 4  # a load ended without a value: nobody need wait for it, or try again, while this stands
     JOURNAL = 5  # a delete that a primary has still to see
+
+
+_ENTRY_START: Final = _START + bytes([Kind.ENTRY])
 
 
 class FrameError(ValueError):
@@ -232,6 +236,30 @@ def unpack(data: bytes, key: bytes, summed: int | None = None) -> Frame:
         raise FrameError("wrong-key")
     marks = _marks(data, start, payload_at) if mark_count else ()
     return _make(Frame, (_make(Head, fields), marks, body[payload_at:]))
+
+
+def open_entry(data: bytes, key: bytes) -> tuple[int, float, float, float, float, bytes] | None:
+    """Return codec, created, fresh_until, keep_until, cost and payload of the intact entry that *data* holds for *key*.
+
+    None: it holds anything else, or what is to be unpacked. On the way of most reads: it makes no object that most have
+    no use for, and leaves it to ``unpack`` to say what is wrong.
+    """
+    front = data[:HEAD_SIZE]
+    if len(front) < HEAD_SIZE or len(data) > _COPIED:
+        return None
+    start, codec, flags, created, fresh_until, keep_until, cost, key_length, marks, size, total = _unpack_entry(front)
+    at = HEAD_SIZE + key_length
+    if (
+        start != _ENTRY_START
+        or flags
+        or marks
+        or len(data) != at + size
+        or data[HEAD_SIZE:at] != key
+        or crc32(front) != _RESIDUE
+        or crc32(payload := data[at:], crc32(key)) != total
+    ):
+        return None
+    return codec, created, fresh_until, keep_until, cost, payload
 
 
 def _marks(data: bytes, start: int, end: int) -> tuple[Mark, ...]:

@@ -284,7 +284,7 @@ class Leader:
     async def _look(self, trip: Trip, data: bytes) -> Landed | None:
         """Look at what stands there already: it may be what is wanted, or something to stand in."""
         plan = self._plan
-        hit = await self._engine.judge(self._session, self._key, data, plan.classes, plan.takes)
+        hit = await self._engine.accept(self._session, self._key, data, plan.classes, None, plan.takes)
         if hit is None:
             return None
         frame = unpack(data, self._key)

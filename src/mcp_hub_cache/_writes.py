@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from ._classes import ClassSet
@@ -24,6 +25,8 @@ from ._protocols import Fence, Outcome, Patch, Write
 from ._tags import ANY_DIGEST, mark_key, tag_digest
 from ._tokens import new_token
 
+# What ``Write(...)`` does, without its frame of Python.
+_write: Final[Callable[[tuple[bytes, bytes, float | None, Fence | None]], Write]] = partial(tuple.__new__, Write)
 _TRIES: Final = 3  # for what is compared and written: others may be quicker so often
 
 
@@ -83,8 +86,14 @@ class Writes:
             await self.withdraw(session, key)
             return
         write = self.framed(key, codec, payload, life, marks=marks)
-        outcome = await self._submit(session, self._write, key, write, len(write.frame))
+        # ``_submit`` spelled out: one coroutine less.
+        try:
+            outcome: Outcome = await session.lines.write(self._write, key, write, len(write.frame))
+        except StoreError as error:
+            outcome = error
+        session.l1.drop(key)
         if outcome != "done" and isinstance(outcome, StoreError):
+            self._engine.trouble(outcome)
             await self.withdraw(session, key, outcome)
 
     async def _marks(self, session: Session, key: bytes, tags: Iterable[str]) -> tuple[Mark, ...] | None:
@@ -153,7 +162,7 @@ class Writes:
         )
         if marks:
             self._prolong(key, marks, until.keep_until - now)
-        return Write(key, frame, until.keep(now), fence)
+        return _write((key, frame, until.keep(now), fence))
 
     def _span(self, now: float, life: Life) -> Span:
         ttl, stale_ttl, jitter = life

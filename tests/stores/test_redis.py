@@ -15,6 +15,8 @@ import pytest
 from mcp_hub_cache import _exceptions as errors
 from mcp_hub_cache._frame import HEAD_SIZE, Kind, pack
 from mcp_hub_cache._protocols import Coherent, Fence, Leases, Outcome, Store, Used, Write
+from mcp_hub_cache.stores._redis_commands import px, set_all
+from mcp_hub_cache.stores._redis_wire import pack as redis_pack
 from mcp_hub_cache.stores.redis import BIG, RedisStore
 from mcp_hub_cache.testing import StoreConformance, entry_frame
 from tests.backends import poll
@@ -132,6 +134,16 @@ async def test_a_server_that_refuses_to_hear_of_uses(valkey: Server, store: Redi
     finally:
         valkey.command("ACL", "SETUSER", "default", "+touch")
     await store.used_many([b"k"])
+
+
+def test_what_is_packed_by_hand_is_what_the_driver_would_pack() -> None:
+    frames = [Write(b"k", b"\0\r\n", 60.0, None), Write(b"", b"", 60.0, None), Write(b"l", b"x" * 99, None, None)]
+    frames += [Write(b"m", b"x", 0.0001, None), Write(b"n", b"x", 1e300, None), Write(b"o", b"x", None, None)]
+    packed = [
+        redis_pack((b"SET", key, frame, *((b"PX", px(keep)) if keep is not None else ())))
+        for key, frame, keep, _ in frames
+    ]
+    assert set_all(frames) == b"".join(packed)
 
 
 # Keys of other programs

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from .._protocols import Write
 from ._redis_wire import pack
 
 _TOUCHED: Final = 128  # keys of one command
@@ -16,7 +17,24 @@ def px(keep: float | None) -> bytes:
     """Milliseconds for PX, rounded up; empty: for ever."""
     if keep is None or keep == math.inf:
         return b""
-    return b"%d" % max(1, min(_MAX_MS, math.ceil(keep * 1000)))
+    ms = math.ceil(keep * 1000)
+    return b"%d" % (ms if 0 < ms < _MAX_MS else 1 if ms < 1 else _MAX_MS)
+
+
+def set_all(writes: Sequence[Write]) -> bytes:
+    """One SET for each of *writes*, fences not looked at.
+
+    By hand, each frame copied once: half the time of packing them one by one.
+    """
+    parts: list[bytes] = []
+    last: float | None = math.nan
+    args, end = 3, b""
+    for key, frame, keep, _ in writes:
+        if keep != last:
+            last, ms = keep, px(keep)
+            args, end = (5, b"\r\n$2\r\nPX\r\n$%d\r\n%b\r\n" % (len(ms), ms)) if ms else (3, b"\r\n")
+        parts += (b"*%d\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (args, len(key), key, len(frame)), frame, end)
+    return b"".join(parts)
 
 
 def get_ranges(keys: Sequence[bytes], last: bytes) -> bytes:

@@ -34,7 +34,7 @@ from .._tokens import new_token
 from . import next_store_id
 from ._redis_address import make_address
 from ._redis_clock import Clock
-from ._redis_commands import escape, facts_of, get_ranges, px, touches
+from ._redis_commands import escape, facts_of, get_ranges, px, set_all, touches
 from ._redis_errors import store_error
 from ._redis_feed import Connections, Feed
 from ._redis_outlet import BIG, in_parts
@@ -219,6 +219,9 @@ class RedisStore:
 
     def write_many(self, writes: Sequence[Write], /) -> asyncio.Future[list[Outcome]]:
         """See ``Store.write_many``."""
+        if writes and not self._big and all([write.fence is None and len(write.frame) <= BIG for write in writes]):  # noqa: C419
+            keys = [write.key for write in writes]
+            return self._change(keys, [set_all(writes)], self._all_outcomes, count=len(writes), again=True)
         commands: list[bytes] = []
         asked: list[bool] = []
         again = True
@@ -259,6 +262,9 @@ class RedisStore:
         rest = iter(replies)
         return [self._outcome(next(rest)) if was else "refused" for was in asked]
 
+    def _all_outcomes(self, replies: list[Any]) -> list[Outcome]:
+        return self._outcomes([True] * len(replies), replies)
+
     def _outcome(self, reply: Any) -> Outcome:
         if isinstance(reply, ReplyError):
             return self._error(reply)
@@ -285,7 +291,7 @@ class RedisStore:
         return self._change([one.key for one in held], commands, self._released, again=True)
 
     def _released(self, replies: list[Any]) -> None:
-        self._raised(self._outcomes([True] * len(replies), replies))
+        self._raised(self._all_outcomes(replies))
 
     @staticmethod
     def _raised(outcomes: list[Outcome]) -> list[bool]:
