@@ -118,7 +118,7 @@ class Loads:
         tags: Callable[[], Iterable[str]],
     ) -> Any:
         tell_read(hit, plan.observers)
-        if plan.rules.early and self._is_due(session, key, hit, plan):
+        if plan.rules.early and not session.rests.has(key, hit.head.token) and self._is_due(session, key, hit, plan):
             trip = Trip((*plan.rules.tags, *tags()), seen=hit.head.token, ahead=True, behind=True)
             self._refresh(session, key, loader, plan, trip)
         if hit.head.codec == FAILURE:
@@ -151,7 +151,7 @@ class Loads:
         tags: Callable[[], Iterable[str]],
     ) -> bool:
         """Whether nobody need wait for a load; starts one in the background where one is wanted."""
-        if session.rests.has(key):
+        if session.rests.has(key, spare.head.token):
             return True
         if plan.rules.soft_timeout != 0:
             return False

@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from time import monotonic
 from typing import Any, Final, NamedTuple
 
 from ._changes import Part, Slot
@@ -48,7 +47,7 @@ class _Known:
     def __init__(self, mark: bytes | None, part: Part | None) -> None:
         self.mark = mark
         self.part = part  # None: nothing tells of its changes
-        self.lives_until = -math.inf  # at least, on the monotonic clock
+        self.lives_until = -math.inf  # at least, on the store's clock
 
     def stands(self) -> bool:
         return self.part is not None and self.part.holds()
@@ -203,7 +202,7 @@ class Marks:
                 begun: Begun = await future
                 marks[digest] = begun.fence.token
                 if begun.leader:
-                    self._learn(key, begun.fence.token, None).lives_until = monotonic() + _HOLD
+                    self._learn(key, begun.fence.token, None).lives_until = self._store.now() + _HOLD
         except StoreError as error:
             self._trouble(error)
             return None
@@ -222,7 +221,7 @@ class Marks:
         """See that *marks* live for *keep* seconds more, where they stand. Waits for nothing."""
         if self._leases is None:
             return
-        until = monotonic() + keep
+        until = self._store.now() + keep
         for digest, mark in marks:
             key = self._key(root, digest)
             known = self._known.get(key)
@@ -235,7 +234,7 @@ class Marks:
             future = self._lines.write(self._renewal(hold), key, held)
             future.add_done_callback(heed)
             if known is not None and known.mark == mark:
-                known.lives_until = monotonic() + hold
+                known.lives_until = self._store.now() + hold
 
     def _renewal(self, hold: float) -> Any:
         assert self._leases is not None
