@@ -1,4 +1,4 @@
-"""Durations and freshness, with numbers."""
+"""Durations: what is one, what is none, and what is said of it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,6 @@ from hypothesis import strategies as st
 
 from mcp_hub_cache import FOREVER
 from mcp_hub_cache._durations import MAX_SECONDS, seconds
-from mcp_hub_cache._frame import Head, pack, unpack_head
-from mcp_hub_cache._freshness import SKEW, Freshness, freshness, span
-
-NOW = 1_700_000_000.0
 
 
 @pytest.mark.parametrize(
@@ -95,61 +91,3 @@ def test_any_text_is_a_duration_or_a_value_error(text: str) -> None:
         assert 0 < seconds(text) <= MAX_SECONDS
     except ValueError as error:
         assert "must be" in str(error)  # noqa: PT017
-
-
-def test_a_span_is_absolute() -> None:
-    until = span(NOW, 60.0, 30.0)
-    assert (until.fresh_until, until.keep_until) == (NOW + 60, NOW + 90)
-    assert until.keep(NOW) == 90
-    assert until.keep(NOW + 10) == 80
-
-
-def test_forever_is_kept_forever() -> None:
-    until = span(NOW, FOREVER)
-    assert until.fresh_until == until.keep_until == math.inf
-    assert until.keep(NOW) is None
-    assert span(NOW, FOREVER, 5.0).keep(NOW) is None
-    assert span(NOW, 5.0, FOREVER).keep(NOW) is None
-
-
-def head(created: float, fresh_until: float, keep_until: float) -> Head:
-    frame = pack(b"k", b"", token=bytes(8), created=created, fresh_until=fresh_until, keep_until=keep_until)
-    return unpack_head(frame)
-
-
-@pytest.mark.parametrize(
-    ("at", "expected"),
-    [
-        (0.0, Freshness.FRESH),
-        (59.999, Freshness.FRESH),
-        (60.0, Freshness.STALE),
-        (89.999, Freshness.STALE),
-        (90.0, Freshness.EXPIRED),
-        (1e9, Freshness.EXPIRED),
-        (-SKEW, Freshness.FRESH),  # another host's clock may be a little ahead
-        (-SKEW - 0.001, Freshness.EXPIRED),  # the clock was set back
-        (-1e9, Freshness.EXPIRED),
-    ],
-)
-def test_freshness(at: float, expected: Freshness) -> None:
-    assert freshness(head(NOW, NOW + 60, NOW + 90), NOW + at) is expected
-
-
-def test_forever_is_fresh_forever() -> None:
-    assert freshness(head(NOW, math.inf, math.inf), NOW + 1e12) is Freshness.FRESH
-
-
-def test_nonsense_times_are_never_fresh() -> None:
-    nan = math.nan
-    assert freshness(head(NOW, nan, NOW + 90), NOW) is not Freshness.FRESH
-    assert freshness(head(NOW, NOW + 90, NOW + 60), NOW + 70) is Freshness.EXPIRED
-
-
-@given(st.floats(1e-3, MAX_SECONDS), st.floats(0, 1e6), st.floats(0, 1e10))
-def test_nothing_outlives_its_ttl(ttl: float, stale: float, later: float) -> None:
-    until = span(NOW, ttl, stale)
-    state = freshness(head(NOW, *until), NOW + later)
-    if NOW + later >= until.fresh_until:
-        assert state is not Freshness.FRESH
-    else:
-        assert state is Freshness.FRESH

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Protocol, 
 from ._async_cache import AsyncCache, MissingType, PolicyOptions
 from ._bind import parameters_of
 from ._calls import HOW_TO_IDENTIFY, Calls, Options, Scope
+from ._tags import as_tags
 
 if TYPE_CHECKING:
     from ._figures import Stats
@@ -168,7 +169,8 @@ def acached(
         ... async def search(query: str, limit: int = 10) -> list[str]: ...
     """
     options = Options(
-        policy=_policy(policy, changes),
+        policy=policy,
+        changes=_kept(changes),
         cache=cache,
         namespace=namespace,
         key=key,
@@ -183,10 +185,10 @@ def acached(
     return lambda func: _decorate(func, options, sys._getframe(1))  # noqa: SLF001
 
 
-def _policy(policy: Policy | None, changes: Mapping[str, Any]) -> Policy:
-    from ._policy import changed  # noqa: PLC0415  # decorating needs it, importing the package does not
-
-    return changed(policy, changes)
+def _kept(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """*changes*, for many calls: an iterable of tags may be good for one look only."""
+    tags = changes.get("tags")
+    return dict(changes) if tags is None else {**changes, "tags": as_tags(tags)}
 
 
 def _decorate(func: Any, options: Options, frame: FrameType) -> Any:
@@ -202,8 +204,13 @@ def _made(func: Any, options: Options, names: Mapping[str, object]) -> tuple[Any
     wrapper = _wrapper(func, calls)
 
     def with_policy(policy: Policy | None = None, **changes: Any) -> Any:
-        other = _policy(options.policy if policy is None else policy, changes)
-        return _made(func, options._replace(policy=other), names)[0]
+        kept = _kept({name: option for name, option in changes.items() if option is not None})
+        if policy is None:
+            other = options._replace(changes={**options.changes, **kept})
+        else:
+            other = options._replace(policy=policy, changes=kept)
+        other.check()
+        return _made(func, other, names)[0]
 
     wrapper.with_policy = with_policy
     return wrapper, calls

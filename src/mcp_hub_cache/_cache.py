@@ -22,7 +22,7 @@ from ._keys import KeySpace, argument_bytes, digest, scope_of
 from ._l1 import NOT_SHARED
 from ._leader import Plan
 from ._load import NO_TAGS, Loads
-from ._policy import Coalesce, Policy, Rules, changed, rules_of
+from ._policy import Coalesce, Policy, Rules, changed, check_coalesce, rules_of
 from ._protocols import Evicting, Leases, Observer, Store, StoreState
 from ._shortcut import AGAIN, Shortcut
 from ._stats import Counters
@@ -85,6 +85,7 @@ class Cache(AsyncCache):
         observer: Observer | None = None,
     ) -> None:
         self._default_ttl = seconds(default_ttl, "default_ttl")
+        check_coalesce(coalesce)
         self._coalesce: Coalesce = coalesce
         self._max_key_length = _whole(max_key_length, "max_key_length", least=1, most=_MAX_KEY_LENGTH)
         self._space = KeySpace(prefix, namespace)

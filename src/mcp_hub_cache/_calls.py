@@ -27,6 +27,7 @@ from ._identity import identify, own_key
 from ._keys import KeySpace, argument_bytes, digest, function_name, namer, scope_of
 from ._shortcut import AGAIN, Shortcut, generate, name_of
 from ._stats import Counters
+from ._tags import as_tags
 
 if TYPE_CHECKING:
     from ._cache import Cache
@@ -44,9 +45,10 @@ HOW_TO_IDENTIFY: Final = (
 
 
 class Options(NamedTuple):
-    """What ``acached`` was given; see there."""
+    """What ``acached`` was given; see there. *changes*: the options of ``Policy``."""
 
-    policy: Policy
+    policy: Policy | None
+    changes: Mapping[str, Any]
     cache: AsyncCache | Callable[[], AsyncCache] | None
     namespace: str | None
     key: str | Callable[..., str] | None
@@ -69,6 +71,20 @@ class Options(NamedTuple):
             )
         if self.scope is not None and not isinstance(self.scope, str | int | ContextVar) and not callable(self.scope):
             raise TypeError(f"scope must be a value, a ContextVar or a function, not {type(self.scope).__name__}")
+        own: Any = self.cache
+        if isinstance(own, AsyncCache) and hasattr(own, "rules"):
+            own.rules(self.policy, **self.changes)  # what it can't do is said now
+        else:
+            from ._policy import changed  # noqa: PLC0415  # decorating needs it, importing the package does not
+
+            changed(self.policy, self.changes)
+
+    def tags(self) -> tuple[str, ...]:
+        """Those of the function; of a cache's own policy, it is the cache that knows."""
+        given = self.changes.get("tags")
+        if given is not None:
+            return as_tags(given)
+        return () if self.policy is None else tuple(self.policy.tags)
 
 
 class _Plans(NamedTuple):
@@ -111,12 +127,11 @@ class Calls:
         if isinstance(options.scope, str) and "{" in options.scope:
             self._scope_template = template(options.scope, func, skip_first=is_method)
         # Of the tags, those that depend on arguments; the rest are the policy's for every call.
-        self._tags = tuple([template(tag, func, skip_first=is_method) for tag in options.policy.tags if "{" in tag])
-        self._policy = options.policy
+        self._changes, tags = options.changes, options.tags()
+        self._tags = tuple([template(tag, func, skip_first=is_method) for tag in tags if "{" in tag])
+        self._fixed_tags = tuple([tag for tag in tags if "{" not in tag])
         if self._tags:
-            self._policy = options.policy.replace(tags=[tag for tag in options.policy.tags if "{" not in tag])
-        if not self._makes_cache and hasattr(options.cache, "rules"):
-            options.cache.rules(self._policy)  # type: ignore[union-attr]  # what it can't do is said now
+            self._changes = {**options.changes, "tags": self._fixed_tags}
 
     # What waits for the first call
 
@@ -216,7 +231,7 @@ class Calls:
             view.plan,
             name=self.readable,
             label=self.readable,
-            rules=view.rules(self._policy),
+            rules=view.rules(self.options.policy, **self._changes),
             as_type=self.classes,
             share=self.options.share,
             owner=self._owner,
@@ -324,16 +339,18 @@ class Calls:
             cache = await self.cache()
             plans = self._plans
             if plans is None:
+                changes = {**self._changes, "tags": (*self._fixed_tags, *tags())} if self._tags else self._changes
                 return await cache.get_or_load(
                     key,
                     loader,
-                    policy=self._policy.replace(tags=(*self._policy.tags, *tags())) if self._tags else self._policy,
+                    policy=self.options.policy,
                     as_type=self.classes,
                     refresh=refresh,
                     share=self.options.share,
                     label=self.readable,
                     owner=self._owner,
                     observer=self.counters,
+                    **changes,
                 )
         return await plans.cache.load(key, loader, plans.refresh if refresh else plans.load, name, tags)
 

@@ -107,6 +107,7 @@ class Session:
         placeholders: Placeholders,
         marks: Marks,
         rivals: Rivals,
+        rests: Rests,
     ) -> None:
         self.loop = loop
         self.lines = lines
@@ -115,7 +116,7 @@ class Session:
         self.placeholders = placeholders
         self.marks = marks
         self.rivals = rivals
-        self.rests = Rests()
+        self.rests = rests
         self.behind = 0  # refreshes in the background
         self.tasks: set[asyncio.Task[Any]] = set()
         self.use: Use | None = None
@@ -123,7 +124,6 @@ class Session:
     def forget(self, key: bytes) -> None:
         """Let go of what is known of *key*: it changes now. Loads in progress serve those who wait, and no one else."""
         self.flights.detach(key)
-        self.rests.end(key)
         self.l1.drop(key)
 
     async def drop_prefix(self, prefix: bytes) -> None:
@@ -191,6 +191,7 @@ class Engine:
             Placeholders(self.store, lines, self.trouble),
             Marks(self.store, lines, self._coherent, self.trouble),
             Rivals(self.store, lines),
+            Rests(self.store.now),
         )
         if isinstance(self.store, Used):
             session.use = Use(loop, self.store, session.l1, session.marks, session.run)

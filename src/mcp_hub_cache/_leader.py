@@ -35,10 +35,12 @@ from ._flight import Flight
 from ._frame import Frame, Mark, unpack
 from ._leases import OVER, beside, is_rival, rest_of
 from ._marks import OWNED
+from ._placeholders import Over
 from ._policy import Rules
 from ._protocols import Begun, Held, Observer, Outcome
 from ._shortcut import Shortcut
 from ._tags import ANY_DIGEST, tag_digest
+from ._tokens import new_token
 from ._writes import Life, Writes
 
 
@@ -73,7 +75,7 @@ class Trip:
 
     Attributes:
         spare: The stale hit that may stand in for what the flight yields.
-        seen: What was found (``seen_in``): the flight is not satisfied with that very entry.
+        seen: The token of what was found; the flight is to replace that very entry.
         ahead: There is something fresh: who asks for it need not wait.
         behind: Nobody waits for it: it goes on in the background from the start.
         tags: The entry's, as far as they are known before the load.
@@ -82,11 +84,10 @@ class Trip:
         part: The counter of the key, from before ``begun`` was last known to stand.
         marks: Of the tags, since they were taken.
         look: Set while somebody looks whether ``begun`` still stands.
-        over: Its timeout passed.
     """
 
     __slots__ = (
-        "ahead", "begun", "behind", "digests", "look", "marks", "over", "part", "seen", "spare", "tags"
+        "ahead", "begun", "behind", "digests", "look", "marks", "part", "seen", "spare", "tags"
     )  # fmt: skip
 
     def __init__(
@@ -94,7 +95,7 @@ class Trip:
         tags: Iterable[str] = (),
         *,
         spare: Hit | None = None,
-        seen: tuple[bytes, float] | None = None,
+        seen: bytes | None = None,
         ahead: bool = False,
         behind: bool = False,
     ) -> None:
@@ -108,7 +109,6 @@ class Trip:
         self.part: Part | None = None
         self.marks: tuple[Mark, ...] = ()
         self.look: Any = None
-        self.over = False
 
     def is_unmoved(self) -> bool:
         """Whether nothing has happened to the key since it was last known to stand, as far as that is told."""
@@ -121,11 +121,6 @@ class Trip:
     def is_of(self, digests: frozenset[bytes]) -> bool:
         """Whether its entry has one of these tags, as far as that is known."""
         return not digests.isdisjoint(self.digests)
-
-
-def seen_in(hit: Hit) -> tuple[bytes, float]:
-    """What tells an entry from its successors, one that was let live anew among them."""
-    return hit.head.token, hit.head.fresh_until
 
 
 class Landed(NamedTuple):
@@ -194,7 +189,7 @@ class Leader:
         self._plan = plan
         self._reachable = reachable
         self._held: dict[bytes, Held] = {}
-        self._over: dict[bytes, float] = {}  # placeholders that are to say that there is no value, and how long
+        self._over: dict[bytes, Over] = {}  # what is to be left in place of placeholders
         self._any: bytes | None = None  # the mark of any invalidation
         self._taken: Frame | None = None  # what is stored now, for the loader to look at
         self._stored = False
@@ -217,7 +212,7 @@ class Leader:
         finally:
             for at, held in self._held.items():
                 stored = self._stored and at is self._key
-                self._session.placeholders.end(held, stored=stored, over=0.0 if stored else self._over.get(at, 0.0))
+                self._session.placeholders.end(held, stored=stored, over=self._over.get(at))
 
     # Beginning
 
@@ -289,8 +284,8 @@ class Leader:
             return None
         frame = unpack(data, self._key)
         if hit.stale is not None:
-            trip.spare = hit
-        elif not plan.refresh and seen_in(hit) != trip.seen:
+            trip.spare, trip.seen = hit, hit.head.token
+        elif not plan.refresh and (not trip.ahead or hit.head.token != trip.seen):
             # Somebody stored it between our lookup and our beginning.
             if hit.head.codec == FAILURE:
                 raise hit.value
@@ -302,15 +297,17 @@ class Leader:
         """Take the lease on refreshing what stands; who has it, if it is another."""
         session, at = self._session, beside(self._root, self._key)
         begun = await session.placeholders.begin(at)
+        if begun is not None and (rest := rest_of(begun, trip.seen, self._engine.store.now())) is not None:
+            if rest and trip.seen is not None:
+                session.rests.note(self._key, trip.seen, rest)
+                raise NothingToDoError
+            begun = await session.placeholders.begin_over(at, begun)
         if begun is None:
             return None
         held = session.placeholders.hold(at, begun)
         if held is not None:
             self._held[at] = held
             return None
-        if rest := rest_of(begun, self._engine.store.now()):
-            session.rests.note(self._key, rest)
-            raise NothingToDoError
         if not is_rival(begun):
             return None
         if trip.behind:
@@ -337,8 +334,6 @@ class Leader:
             if timer is not None:
                 timer.cancel()
             decided.closed = True
-            if trip.over:
-                self._rest(trip)
             cost = monotonic() - started
             for observer in plan.observers:
                 observer.load(cost, ok)
@@ -363,7 +358,7 @@ class Leader:
 
     def _time_out(self, flight: Flight) -> None:
         if not flight.landed:
-            flight.cargo.over = True
+            self._rest(flight.cargo)  # now: the loader may take its time to end
             plan = self._plan
             self._session.flights.end(
                 flight,
@@ -392,17 +387,17 @@ class Leader:
             await self._put(trip, FAILURE, payload, Life(ttl), 0.0, marks)
 
     def _rest(self, trip: Trip) -> None:
-        """Nobody need wait for what has failed, or try again at once where something stale stands in."""
-        throttle, at = self._plan.rules.throttle, beside(self._root, self._key)
-        if trip.spare is not None and throttle:
-            self._session.rests.note(self._key, throttle)
-            self._over[at] = throttle
+        """Nobody need wait for what has failed, or try again at once where there is something to serve."""
+        throttle = self._plan.rules.throttle
+        if trip.seen is not None and throttle and (trip.spare is not None or trip.ahead):
+            self._session.rests.note(self._key, trip.seen, throttle)
+            self._over[beside(self._root, self._key)] = Over(throttle, trip.seen)
         self._pass()
 
     def _pass(self) -> None:
         """Let the fleet know that there is no value, and none is coming."""
         if self._plan.rules.fleet:
-            self._over[self._key] = OVER
+            self._over[self._key] = Over(OVER, new_token())
 
     # Storing
 

@@ -4,7 +4,8 @@ Strategy: whoever begins a load plants a placeholder (``_placeholders``): under 
 entry, which is at once the fence; under a key beside it (kind letter r) where a stale entry stands, which keeps its
 token. Others find it there. A load that ends without a value leaves a frame that says so (``Kind.OVER``) in place of
 its placeholder: under the entry's key, that nobody need queue for what is not going to be stored; beside it, that the
-next try rests for a while (fail-safe's throttle).
+next try rests for a while (fail-safe's throttle). There it bears the token of the entry that was to be refreshed, and
+says nothing of one that has taken its place.
 
 Rules:
 - A lease limits work and decides nothing: whether a result is stored is decided by the entry's token alone.
@@ -15,12 +16,14 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from time import monotonic
 from typing import Any, Final
 
 from ._direct import Direct
 from ._exceptions import StoreError
 from ._frame import TOKEN, Kind, peek
+from ._freshness import is_fresh
 from ._lines import Lines
 from ._protocols import Begun, Coherent, Store
 
@@ -43,38 +46,46 @@ def is_rival(begun: Begun) -> bool:
     return head is not None and head.kind == Kind.PLACEHOLDER
 
 
-def rest_of(begun: Begun, now: float) -> float:
-    """Seconds for which the frame that was found says that nobody need try again; 0: it does not."""
+def rest_of(begun: Begun, token: bytes | None, now: float) -> float | None:
+    """Seconds for which the frame that was found says that nobody need try again to refresh the entry with *token*.
+
+    0: it says so of another entry, or did; None: it is no such frame.
+    """
     head = None if begun.frame is None else peek(begun.frame)
-    return 0.0 if head is None or head.kind != Kind.OVER else max(0.0, head.keep_until - now)
+    if head is None or head.kind != Kind.OVER:
+        return None
+    return head.keep_until - now if head.token == token and is_fresh(head, now) else 0.0
 
 
 class Rests:
-    """The keys whose next load rests, as this process knows, on the monotonic clock."""
+    """The entries whose next refresh rests, as this process knows.
 
-    def __init__(self) -> None:
-        self._until: dict[bytes, float] = {}
+    Args:
+        now: The store's time.
+    """
 
-    def note(self, key: bytes, seconds: float) -> None:
-        """Let *key* rest for *seconds* from now."""
-        self._until.pop(key, None)
-        self._until[key] = monotonic() + seconds
-        if len(self._until) > _MOST_RESTING:
-            del self._until[next(iter(self._until))]
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._resting: dict[bytes, tuple[bytes, float, float]] = {}  # token, since, until
 
-    def has(self, key: bytes) -> bool:
-        """Whether *key* rests."""
-        until = self._until.get(key)
-        if until is None:
+    def note(self, key: bytes, token: bytes, seconds: float) -> None:
+        """Let the entry under *key* that has *token* rest for *seconds* from now."""
+        now = self._now()
+        self._resting.pop(key, None)
+        self._resting[key] = token, now, now + seconds
+        if len(self._resting) > _MOST_RESTING:
+            del self._resting[next(iter(self._resting))]
+
+    def has(self, key: bytes, token: bytes) -> bool:
+        """Whether the entry under *key* rests, which has *token*."""
+        resting = self._resting.get(key)
+        if resting is None:
             return False
-        if monotonic() >= until:
-            del self._until[key]
-            return False
-        return True
-
-    def end(self, key: bytes) -> None:
-        """Let *key* be loaded."""
-        self._until.pop(key, None)
+        whose, since, until = resting
+        if whose == token and since <= self._now() < until:  # a clock that was set back makes no rest longer
+            return True
+        del self._resting[key]
+        return False
 
 
 class Rivals:

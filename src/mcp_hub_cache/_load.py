@@ -26,7 +26,7 @@ from ._exceptions import CircularLoadError, StoreError
 from ._flight import PENDING, Flight
 from ._frame import TOKEN
 from ._freshness import lead
-from ._leader import Landed, Leader, NothingToDoError, Plan, Trip, seen_in
+from ._leader import Landed, Leader, NothingToDoError, Plan, Trip
 from ._placeholders import heed
 from ._shortcut import AGAIN
 from ._writes import Writes
@@ -88,7 +88,7 @@ class Loads:
                     spare = engine.untrusted(near, plan.classes)
             if spare is not None and self._stands_in_at_once(session, key, spare, loader, plan, tags):
                 return self._stand_in(spare, plan)
-            trip = Trip((*rules.tags, *tags()), spare=spare, seen=spare and seen_in(spare))
+            trip = Trip((*rules.tags, *tags()), spare=spare, seen=spare and spare.head.token)
             work = Leader(engine, self._writes, key, loader, plan, reachable=reachable).fly
             flight, leads = flights.board(key, plan.name, work, anew=plan.refresh, group=plan.owner, cargo=trip)
             if not leads:
@@ -118,8 +118,8 @@ class Loads:
         tags: Callable[[], Iterable[str]],
     ) -> Any:
         tell_read(hit, plan.observers)
-        if plan.rules.early and self._is_due(session, key, hit, plan):
-            trip = Trip((*plan.rules.tags, *tags()), seen=seen_in(hit), ahead=True, behind=True)
+        if plan.rules.early and not session.rests.has(key, hit.head.token) and self._is_due(session, key, hit, plan):
+            trip = Trip((*plan.rules.tags, *tags()), seen=hit.head.token, ahead=True, behind=True)
             self._refresh(session, key, loader, plan, trip)
         if hit.head.codec == FAILURE:
             raise hit.value
@@ -151,11 +151,11 @@ class Loads:
         tags: Callable[[], Iterable[str]],
     ) -> bool:
         """Whether nobody need wait for a load; starts one in the background where one is wanted."""
-        if session.rests.has(key):
+        if session.rests.has(key, spare.head.token):
             return True
         if plan.rules.soft_timeout != 0:
             return False
-        trip = Trip((*plan.rules.tags, *tags()), spare=spare, seen=seen_in(spare), behind=True)
+        trip = Trip((*plan.rules.tags, *tags()), spare=spare, seen=spare.head.token, behind=True)
         self._refresh(session, key, loader, plan, trip)
         return True
 

@@ -48,7 +48,7 @@ class _Known:
     def __init__(self, mark: bytes | None, part: Part | None) -> None:
         self.mark = mark
         self.part = part  # None: nothing tells of its changes
-        self.lives_until = -math.inf  # at least, in the store's time
+        self.lives_until = -math.inf  # at least, on the store's clock
 
     def stands(self, now: float) -> bool:
         # Where nothing stands, nothing can end by time.

@@ -16,17 +16,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ._direct import Direct
 from ._exceptions import StoreError
 from ._frame import Kind, frame_of_kind
 from ._lines import Lines
 from ._protocols import Begun, Held, Leases, Store, Write
-from ._tokens import new_token
 
 HOLD: Final = 10.0
 """Seconds that a placeholder outlives its holder."""
+
+
+class Over(NamedTuple):
+    """What is left in place of a placeholder: "there is no value", for so many seconds, under that token."""
+
+    seconds: float
+    token: bytes
 
 
 class Placeholders:
@@ -64,6 +70,16 @@ class Placeholders:
             return None
         return begun
 
+    async def begin_over(self, key: bytes, begun: Begun) -> Begun | None:
+        """Begin again, in place of what was found and is of no use any more."""
+        if self._leases is not None:
+            try:
+                await self._lines.write(self._release, key, Held(key, begun.fence))
+            except StoreError as error:
+                self._trouble(error)
+                return None
+        return await self.begin(key)
+
     def hold(self, key: bytes, begun: Begun) -> Held | None:
         """Keep what *begun* planted alive; None if it is another process's.
 
@@ -77,18 +93,15 @@ class Placeholders:
             self._renewer = asyncio.create_task(self._renew_all(), name="mcp-hub-cache placeholders")
         return held
 
-    def end(self, held: Held, *, stored: bool, over: float = 0.0) -> None:
-        """Stop keeping *held* alive; where nothing was stored in its place, remove it.
-
-        *over*: say in its place, for so many seconds, that there is no value.
-        """
+    def end(self, held: Held, *, stored: bool, over: Over | None = None) -> None:
+        """Stop keeping *held* alive; where nothing was stored in its place, remove it, or leave *over* there."""
         key = held.key
         if self._held.get(key) is not held:
             return
         del self._held[key]
-        if over and not stored:
-            frame = frame_of_kind(Kind.OVER, key, new_token(), self._store.now(), over)
-            self._lines.write(self._write, key, Write(key, frame, over, held.fence)).add_done_callback(heed)
+        if over is not None and not stored:
+            frame = frame_of_kind(Kind.OVER, key, over.token, self._store.now(), over.seconds)
+            self._lines.write(self._write, key, Write(key, frame, over.seconds, held.fence)).add_done_callback(heed)
         elif not stored and self._leases is not None:
             self._lines.write(self._release, key, held).add_done_callback(heed)
 

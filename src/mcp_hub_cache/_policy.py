@@ -101,8 +101,8 @@ class Policy:
         self._check_functions()
         self._put("cache_errors", _cache_errors(self.cache_errors))
         self._put("tags", as_tags(self.tags))
-        if self.coalesce not in {None, "process", "fleet"}:
-            raise ValueError(f'coalesce must be "process" or "fleet", not {self.coalesce!r}')
+        if self.coalesce is not None:
+            check_coalesce(self.coalesce)
         if self.on_wait_timeout not in {None, "load", "stale", "error"}:
             raise ValueError(f'on_wait_timeout must be "load", "stale" or "error", not {self.on_wait_timeout!r}')
         self._refuse_contradictions()
@@ -207,11 +207,17 @@ def changed(policy: object, changes: Mapping[str, object]) -> Policy:
     base = DEFAULT if policy is None else policy
     if not isinstance(base, Policy):
         raise TypeError(f'policy must be a Policy, not {type(policy).__name__}: Policy(ttl="10m")')
-    given = {name: value for name, value in changes.items() if value is not None}
-    if not FIELDS.issuperset(given):
-        unknown = ", ".join(sorted(given.keys() - FIELDS))
+    if not FIELDS.issuperset(changes):
+        unknown = ", ".join(sorted(changes.keys() - FIELDS))
         raise TypeError(f"there is no option {unknown}; a policy has {', '.join(sorted(FIELDS))}")
+    given = {name: value for name, value in changes.items() if value is not None}
     return base.replace(**given) if given else base
+
+
+def check_coalesce(value: object) -> None:
+    """Raise ``ValueError`` for what is no way to coalesce."""
+    if value not in {"process", "fleet"}:
+        raise ValueError(f'coalesce must be "process" or "fleet", not {value!r}')
 
 
 def _early(value: object) -> float:
