@@ -490,6 +490,44 @@ async def test_a_key_template(cache: Cache) -> None:
         load.key(1, [])  # type: ignore[arg-type]
 
 
+async def test_a_tag_template_shows_arguments_as_who_invalidates_writes_them(cache: Cache) -> None:
+    @acached(cache=cache, tags=["user:{user_id}", "all"])
+    async def load(user_id: object) -> str:
+        return "x"
+
+    for value, tag in ((42, "user:42"), ("42", "user:42"), ("a:b c", "user:a:b c"), (7, "all")):
+        await load(value)
+        assert await load.peek(value) == "x"
+        assert await cache.invalidate(tag)
+        assert await load.peek(value) is MISSING
+
+
+async def test_tags_made_of_arguments_are_checked(cache: Cache) -> None:
+    @acached(cache=cache, tags=["{user}"])
+    async def load(user: str) -> str:
+        return "x"
+
+    for user in ("", "x" * 1025):
+        with pytest.raises(ValueError, match="a tag has 1 to 1,024 characters"):
+            await load(user)
+    with pytest.raises(ValueError, match=r"tag template's field \{nobody\}"):
+        acached(tags=["{nobody}"])(load.__wrapped__)
+    with pytest.raises(ValueError, match=r"scope template's field \{nobody\}"):
+        acached(scope="{nobody}")(load.__wrapped__)
+
+
+async def test_another_policy_keeps_the_keys_whatever_has_changed_meanwhile(cache: Cache) -> None:
+    state = 1
+
+    @acached(cache=cache)
+    async def load() -> int:
+        return state
+
+    key = load.key()
+    state = 2  # a function is known by what it closes over, too
+    assert load.with_policy(ttl=5).key() == load.with_policy(ttl=5).with_policy(ttl=6).key() == key
+
+
 async def test_a_key_function(cache: Cache) -> None:
     @acached(cache=cache, key=lambda user, **_: f"u{user['id']}")
     async def load(user: dict[str, int], *, verbose: bool = False) -> int:
