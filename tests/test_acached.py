@@ -29,11 +29,14 @@ from mcp_hub_cache import (
     Cache,
     CircularLoadError,
     MemoryCache,
+    Policy,
     SettingsError,
     UncacheableError,
     acached,
     default_cache,
 )
+from mcp_hub_cache.stores.memory import MemoryStore
+from mcp_hub_cache.testing import FakeClock
 from tests.backends import NAMES, Backend, poll, turns
 from tests.servers import Server, valkey_server
 
@@ -514,6 +517,41 @@ async def test_tags_made_of_arguments_are_checked(cache: Cache) -> None:
         acached(tags=["{nobody}"])(load.__wrapped__)
     with pytest.raises(ValueError, match=r"scope template's field \{nobody\}"):
         acached(scope="{nobody}")(load.__wrapped__)
+
+
+async def test_a_function_without_a_policy_has_its_caches() -> None:
+    clock, up = FakeClock(), True
+    cache = Cache(MemoryStore(clock=clock), policy=Policy(ttl="10m", stale_ttl="1h", tags=["all"]))
+
+    @acached(cache=cache, ttl="1m")
+    async def load(number: int) -> int:
+        if not up:
+            raise OSError("down")
+        return number
+
+    @acached(cache=cache, soft_timeout=0, tags=(tag for tag in ["{number}", "mine"]))
+    async def other(number: int) -> int:
+        return number
+
+    assert [await load(1), await other(1)] == [1, 1]
+    up = False
+    clock.advance(61)
+    assert await load(1) == 1  # stale, and it stands in
+    assert await load.peek(1) is MISSING
+    with pytest.raises(OSError, match="down"):
+        await load.with_policy(Policy(ttl="1m"))(1)
+    with pytest.raises(OSError, match="down"):
+        await load(2)
+    assert await other.peek(1) == 1
+    for tag in ("1", "mine"):
+        await cache.invalidate(tag)
+        assert await other.peek(1) is MISSING
+        await other.refresh(1)
+    await cache.invalidate("all")
+    assert await other.peek(1) == 1  # its own tags are in place of the cache's
+    with pytest.raises(OSError, match="down"):
+        await load(1)
+    await cache.aclose()
 
 
 async def test_another_policy_keeps_the_keys_whatever_has_changed_meanwhile(cache: Cache) -> None:

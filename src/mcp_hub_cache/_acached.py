@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Protocol, 
 from ._async_cache import AsyncCache, MissingType, PolicyOptions
 from ._bind import parameters_of
 from ._calls import HOW_TO_IDENTIFY, Calls, Options, Scope
+from ._tags import as_tags
 
 if TYPE_CHECKING:
     from ._figures import Stats
@@ -169,7 +170,8 @@ def acached(
         ... async def search(query: str, limit: int = 10) -> list[str]: ...
     """
     options = Options(
-        policy=_policy(policy, changes),
+        policy=policy,
+        changes=_given(changes),
         cache=cache,
         namespace=namespace,
         key=key,
@@ -184,10 +186,11 @@ def acached(
     return lambda func: _decorate(func, options, sys._getframe(1))  # noqa: SLF001
 
 
-def _policy(policy: Policy | None, changes: Mapping[str, Any]) -> Policy:
-    from ._policy import changed  # noqa: PLC0415  # decorating needs it, importing the package does not
-
-    return changed(policy, changes)
+def _given(changes: Mapping[str, Any]) -> dict[str, Any]:
+    given = {name: value for name, value in changes.items() if value is not None}
+    if "tags" in given:
+        given["tags"] = as_tags(given["tags"])  # may be an iterator, and is looked at more than once
+    return given
 
 
 def _decorate(func: Any, options: Options, frame: FrameType) -> Any:
@@ -203,8 +206,12 @@ def _made(func: Any, options: Options, names: Mapping[str, object], like: Calls 
     wrapper = _wrapper(func, calls)
 
     def with_policy(policy: Policy | None = None, **changes: Any) -> Any:
-        other = _policy(options.policy if policy is None else policy, changes)
-        return _made(func, options._replace(policy=other), names, calls)[0]
+        given = _given(changes)
+        if policy is None:
+            policy, given = options.policy, {**options.changes, **given}
+        other = options._replace(policy=policy, changes=given)
+        other.check()
+        return _made(func, other, names, calls)[0]
 
     wrapper.with_policy = with_policy
     return wrapper, calls

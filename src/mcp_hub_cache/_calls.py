@@ -45,9 +45,10 @@ HOW_TO_IDENTIFY: Final = (
 
 
 class Options(NamedTuple):
-    """What ``acached`` was given; see there."""
+    """What ``acached`` was given; see there. Of *changes*, none is None."""
 
-    policy: Policy
+    policy: Policy | None
+    changes: Mapping[str, Any]
     cache: AsyncCache | Callable[[], AsyncCache] | None
     namespace: str | None
     key: str | Callable[..., str] | None
@@ -70,6 +71,13 @@ class Options(NamedTuple):
             )
         if self.scope is not None and not isinstance(self.scope, str | int | ContextVar) and not callable(self.scope):
             raise TypeError(f"scope must be a value, a ContextVar or a function, not {type(self.scope).__name__}")
+        rules = getattr(self.cache, "rules", None) if isinstance(self.cache, AsyncCache) else None
+        if rules is not None:
+            rules(self.policy, **self.changes)  # what it can't do is said now
+        else:
+            from ._policy import changed  # noqa: PLC0415  # decorating needs it, importing the package does not
+
+            changed(self.policy, self.changes)
 
 
 class _Plans(NamedTuple):
@@ -119,19 +127,15 @@ class Calls:
         if isinstance(options.scope, str) and "{" in options.scope:
             self._scope_template = template(options.scope, func, skip_first=is_method, what="scope")
         # Of the tags, those that depend on arguments; the rest are the policy's for every call.
+        tags: tuple[str, ...] = options.changes.get("tags", () if options.policy is None else options.policy.tags)
         # Who invalidates a tag writes it as plain text, so nothing in it is escaped.
         self._tags = tuple(
-            [
-                template(tag, func, skip_first=is_method, what="tag", plain=True)
-                for tag in options.policy.tags
-                if "{" in tag
-            ]
+            [template(tag, func, skip_first=is_method, what="tag", plain=True) for tag in tags if "{" in tag]
         )
-        self._policy = options.policy
+        self._changes = dict(options.changes)
+        self._fixed_tags = tuple([tag for tag in tags if "{" not in tag])
         if self._tags:
-            self._policy = options.policy.replace(tags=[tag for tag in options.policy.tags if "{" not in tag])
-        if not self._makes_cache and hasattr(options.cache, "rules"):
-            options.cache.rules(self._policy)  # type: ignore[union-attr]  # what it can't do is said now
+            self._changes["tags"] = self._fixed_tags
 
     # What waits for the first call
 
@@ -231,7 +235,7 @@ class Calls:
             view.plan,
             name=self.readable,
             label=self.readable,
-            rules=view.rules(self._policy),
+            rules=view.rules(self.options.policy, **self._changes),
             as_type=self.classes,
             share=self.options.share,
             owner=self._owner,
@@ -339,13 +343,14 @@ class Calls:
         return await cache.get_or_load(
             key,
             loader,
-            policy=self._policy.replace(tags=(*self._policy.tags, *tags())) if self._tags else self._policy,
+            policy=self.options.policy,
             as_type=self.classes,
             refresh=refresh,
             share=self.options.share,
             label=self.readable,
             owner=self._owner,
             observer=self.counters,
+            **(self._changes | {"tags": (*self._fixed_tags, *tags())} if self._tags else self._changes),
         )
 
     def _tags_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
