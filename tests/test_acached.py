@@ -29,11 +29,14 @@ from mcp_hub_cache import (
     Cache,
     CircularLoadError,
     MemoryCache,
+    Policy,
     SettingsError,
     UncacheableError,
     acached,
     default_cache,
 )
+from mcp_hub_cache.stores.memory import MemoryStore
+from mcp_hub_cache.testing import FakeClock
 from tests.backends import NAMES, Backend, poll, turns
 from tests.servers import Server, valkey_server
 
@@ -488,6 +491,79 @@ async def test_a_key_template(cache: Cache) -> None:
     assert load.key(42) != load.key("42")  # type: ignore[arg-type]
     with pytest.raises(UncacheableError, match="part"):
         load.key(1, [])  # type: ignore[arg-type]
+
+
+async def test_a_tag_template_shows_arguments_as_who_invalidates_writes_them(cache: Cache) -> None:
+    @acached(cache=cache, tags=["user:{user_id}", "all"])
+    async def load(user_id: object) -> str:
+        return "x"
+
+    for value, tag in ((42, "user:42"), ("42", "user:42"), ("a:b c", "user:a:b c"), (7, "all")):
+        await load(value)
+        assert await load.peek(value) == "x"
+        assert await cache.invalidate(tag)
+        assert await load.peek(value) is MISSING
+
+
+async def test_tags_made_of_arguments_are_checked(cache: Cache) -> None:
+    @acached(cache=cache, tags=["{user}"])
+    async def load(user: str) -> str:
+        return "x"
+
+    for user in ("", "x" * 1025):
+        with pytest.raises(ValueError, match="a tag has 1 to 1,024 characters"):
+            await load(user)
+    with pytest.raises(ValueError, match=r"tag template's field \{nobody\}"):
+        acached(tags=["{nobody}"])(load.__wrapped__)
+    with pytest.raises(ValueError, match=r"scope template's field \{nobody\}"):
+        acached(scope="{nobody}")(load.__wrapped__)
+
+
+async def test_a_function_without_a_policy_has_its_caches() -> None:
+    clock, up = FakeClock(), True
+    cache = Cache(MemoryStore(clock=clock), policy=Policy(ttl="10m", stale_ttl="1h", tags=["all"]))
+
+    @acached(cache=cache, ttl="1m")
+    async def load(number: int) -> int:
+        if not up:
+            raise OSError("down")
+        return number
+
+    @acached(cache=cache, soft_timeout=0, tags=(tag for tag in ["{number}", "mine"]))
+    async def other(number: int) -> int:
+        return number
+
+    assert [await load(1), await other(1)] == [1, 1]
+    up = False
+    clock.advance(61)
+    assert await load(1) == 1  # stale, and it stands in
+    assert await load.peek(1) is MISSING
+    with pytest.raises(OSError, match="down"):
+        await load.with_policy(Policy(ttl="1m"))(1)
+    with pytest.raises(OSError, match="down"):
+        await load(2)
+    assert await other.peek(1) == 1
+    for tag in ("1", "mine"):
+        await cache.invalidate(tag)
+        assert await other.peek(1) is MISSING
+        await other.refresh(1)
+    await cache.invalidate("all")
+    assert await other.peek(1) == 1  # its own tags are in place of the cache's
+    with pytest.raises(OSError, match="down"):
+        await load(1)
+    await cache.aclose()
+
+
+async def test_another_policy_keeps_the_keys_whatever_has_changed_meanwhile(cache: Cache) -> None:
+    state = 1
+
+    @acached(cache=cache)
+    async def load() -> int:
+        return state
+
+    key = load.key()
+    state = 2  # a function is known by what it closes over, too
+    assert load.with_policy(ttl=5).key() == load.with_policy(ttl=5).with_policy(ttl=6).key() == key
 
 
 async def test_a_key_function(cache: Cache) -> None:

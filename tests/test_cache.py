@@ -111,6 +111,17 @@ def test_wrong_bounds_are_refused(option: str, value: Any) -> None:
         MemoryCache(**{option: value})
 
 
+def test_a_wrong_coalesce_is_refused() -> None:
+    with pytest.raises(ValueError, match='must be "process" or "fleet", not \'flet\''):
+        MemoryCache(coalesce="flet")  # type: ignore[arg-type]
+
+
+async def test_tags_that_are_no_text_are_named(cache: Cache) -> None:
+    for tags in ([["a"]], [5]):
+        with pytest.raises(TypeError, match=r'a tag must be text, such as "user:42", not (list|int)'):
+            await cache.invalidate(*tags)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("namespace", ["", "a:b", "a b", "x" * 65, ".", "..", "ä", "a/b", "a*", "a\n"])
 def test_wrong_namespaces_are_refused(namespace: str) -> None:
     with pytest.raises(ValueError, match="namespace"):
@@ -379,6 +390,25 @@ async def test_a_view_shares_its_caches_life(cache: Cache) -> None:
     assert await view.get("k") == 1
     assert cache.stats.hits == view.stats.hits == 1
     assert (view.namespace, cache.namespace) == ("other", "default")
+
+
+async def test_no_view_leads_out_of_its_scope(cache: Cache) -> None:
+    acme = cache.with_scope("acme")
+    await acme.set("k", "acme's")
+    assert await cache.with_scope("acme").get("k") == "acme's"
+    assert await acme.with_scope("acme").get("k") is None
+    await acme.with_namespace("other").set("k", "acme's other")
+    assert await cache.with_namespace("other").get("k") is None
+    assert await cache.with_namespace("other").with_scope("acme").get("k") == "acme's other"
+    assert await acme.with_namespace("other").with_namespace(cache.namespace).get("k") == "acme's"
+    await cache.with_scope("run").set("k", "any run's")
+    assert await acme.with_scope("run").get("k") is None
+
+    async def load() -> str:
+        return "acme's run's"
+
+    assert await acme.get_or_load("k", load, scope="run") == "acme's run's"
+    assert await acme.with_scope("run").get("k") == "acme's run's"
 
 
 # Time

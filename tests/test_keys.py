@@ -447,6 +447,16 @@ def test_templates_show_simple_values_alone(value: Any) -> None:
     assert "secret" not in str(caught.value)
 
 
+def test_plain_templates_show_text_as_it_is() -> None:
+    render = template("user:{user_id}{page}", user, what="tag", plain=True)
+    for value in ("42", 42, "a:b %", UUID(int=1), True, None):
+        assert render(value, "x") == f"user:{value}x"
+    with pytest.raises(UncacheableError, match=r"tag template field \{user_id\}"):
+        render(1.5)
+    with pytest.raises(ValueError, match=r"tag template 'a\{'"):
+        template("a{", user, what="tag")
+
+
 def test_templates_name_what_is_not_there() -> None:
     for text in ("{user_id.nothing}", "{user_id[nothing]}", "{user_id[3]}"):
         with pytest.raises(UncacheableError, match=re.escape(text)):

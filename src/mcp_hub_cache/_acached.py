@@ -81,7 +81,8 @@ class Acached(Protocol[P, R_co]):
 
         Args:
             policy: In place of the function's own; None: that one.
-            **changes: Options of ``Policy``; None: as in *policy*.
+            **changes: Options of ``Policy``; None: as in *policy*. To take one back, such as a ``timeout``, give a
+                policy without it.
         """
         ...
 
@@ -157,7 +158,7 @@ def acached(
         share: Callers promise not to change results, and may be handed the same object as others: a hit in the near
             cache then costs no decoding. Without it every caller gets a copy of its own.
         **changes: Options of ``Policy`` (``ttl="10m"``, ``stale_ttl``, ``cache_if``, …), in place of the policy's. A
-            tag may be a template of arguments: ``tags=["user:{user_id}"]``.
+            tag may be a template of arguments, shown as they are: ``tags=["user:{user_id}"]``.
 
     Raises:
         TypeError: *func* is not an async function that can be cached, or an option is none; the message says what to
@@ -199,8 +200,8 @@ def _decorate(func: Any, options: Options, frame: FrameType) -> Any:
     return _Method(wrapper, calls) if calls.is_method else wrapper
 
 
-def _made(func: Any, options: Options, names: Mapping[str, object]) -> tuple[Any, Calls]:
-    calls = Calls(func, options, is_method=_is_method(func), names=names)
+def _made(func: Any, options: Options, names: Mapping[str, object], like: Calls | None = None) -> tuple[Any, Calls]:
+    calls = Calls(func, options, is_method=_is_method(func), names=names, like=like)
     wrapper = _wrapper(func, calls)
 
     def with_policy(policy: Policy | None = None, **changes: Any) -> Any:
@@ -210,7 +211,7 @@ def _made(func: Any, options: Options, names: Mapping[str, object]) -> tuple[Any
         else:
             other = options._replace(policy=policy, changes=kept)
         other.check()
-        return _made(func, other, names)[0]
+        return _made(func, other, names, calls)[0]
 
     wrapper.with_policy = with_policy
     return wrapper, calls

@@ -142,7 +142,9 @@ def _head(parameters: tuple[Parameter, ...]) -> str:
     return ", ".join(parts)
 
 
-def template(text: str, func: Callable[..., object], *, skip_first: bool = False) -> Callable[..., str]:
+def template(
+    text: str, func: Callable[..., object], *, skip_first: bool = False, what: str = "key", plain: bool = False
+) -> Callable[..., str]:
     """Return the function that makes a key from *text* and the arguments of a call to *func*.
 
     A field is ``{name}``, ``{name.attribute}`` or ``{name[item]}``, of a parameter. What it shows must be exactly an
@@ -160,28 +162,30 @@ def template(text: str, func: Callable[..., object], *, skip_first: bool = False
         text: The template; literal braces are doubled, as in ``str.format``.
         func: Whose parameters may be used, and whose signature the answer has.
         skip_first: The first parameter, ``self``, may not be used.
+        what: What it is a template of, for errors.
+        plain: Show every text as it is, with nothing between two fields: two calls may then give the same.
 
     Raises:
-        ValueError: A field is no parameter of *func*, or has a conversion or format, or follows another without one of
-            the separators between them.
+        ValueError: It is no template, or a field is no parameter of *func*, or has a conversion or format, or follows
+            another without one of the separators between them.
         UncacheableError: On a call: a field's value is of another type, or is not there.
     """
     names = bound_names(func, skip_first=skip_first)
     fields: list[tuple[str, int, str, tuple[tuple[str, str], ...]]] = []
     tail = ""
-    for literal, name, spec, conversion in Formatter().parse(text):
+    for literal, name, spec, conversion in _parsed(text, what):
         if name is None:
             tail += literal
             continue
         if spec or conversion:
-            raise ValueError(f"the key template's field {{{name}}} takes no conversion and no format")
+            raise ValueError(f"the {what} template's field {{{name}}} takes no conversion and no format")
         match = _FIELD.fullmatch(name)
         if match is None or match[1] not in names:
             takes = ", ".join(names)
-            raise ValueError(f"the key template's field {{{name}}} is no parameter of {_name(func)}: {takes}")
+            raise ValueError(f"the {what} template's field {{{name}}} is no parameter of {_name(func)}: {takes}")
         before = tail + literal
-        if fields and not any(separator in before for separator in _SEPARATORS):
-            raise ValueError(f"the key template needs one of {' '.join(_SEPARATORS)} before its field {{{name}}}")
+        if fields and not plain and not any(separator in before for separator in _SEPARATORS):
+            raise ValueError(f"the {what} template needs one of {' '.join(_SEPARATORS)} before its field {{{name}}}")
         fields.append((before, names.index(match[1]), name, tuple(_STEP.findall(match[2]))))
         tail = ""
     binder = bind(func, skip_first=skip_first)
@@ -191,25 +195,33 @@ def template(text: str, func: Callable[..., object], *, skip_first: bool = False
         parts: list[str] = []
         for literal, index, name, steps in fields:
             value = values[index]
+            where = f"{what} template field {{{name}}}"
             if steps:
-                value = _follow(value, name, steps)
-            parts += (literal, _shown(value, name))
+                value = _follow(value, where, steps)
+            as_it_is = plain and type(value) in {str, UUID}
+            parts += (literal, str(value) if as_it_is else _shown(value, where))
         return "".join(parts) + tail
 
     return render
 
 
-def _follow(value: Any, name: str, steps: tuple[tuple[str, str], ...]) -> Any:
+def _parsed(text: str, what: str) -> list[tuple[str, str | None, str | None, str | None]]:
+    try:
+        return list(Formatter().parse(text))
+    except ValueError as error:
+        raise ValueError(f"the {what} template {text!r} can't be read: {error}; literal braces are doubled") from None
+
+
+def _follow(value: Any, where: str, steps: tuple[tuple[str, str], ...]) -> Any:
     for attribute, item in steps:
         try:
             value = getattr(value, attribute) if attribute else value[int(item) if item.isdecimal() else item]
         except Exception as error:  # noqa: BLE001  # attributes and items are computed by the user's own classes
-            where = f"key template field {{{name}}}"
             raise UncacheableError(f"{where}: {type(error).__name__}", where=where) from None
     return value
 
 
-def _shown(value: Any, name: str) -> str:
+def _shown(value: Any, where: str) -> str:
     kind = type(value)
     if kind is str:
         shown = _ESCAPED.sub(_escape, value)
@@ -220,9 +232,8 @@ def _shown(value: Any, name: str) -> str:
         return str(value)
     if kind is UUID:
         return f"%u{value}"
-    where = f"key template field {{{name}}}"
     raise UncacheableError(
-        f"{where}: a {kind.__qualname__} can't be shown in a key; a str, int, bool, None or UUID can", where=where
+        f"{where}: a {kind.__qualname__} can't be shown in text; a str, int, bool, None or UUID can", where=where
     )
 
 

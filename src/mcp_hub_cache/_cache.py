@@ -398,7 +398,7 @@ class Cache(AsyncCache):
             return await self._upkeep.clear_owned(self._entries(prefix), _owner(owner))
         entries = self._entries(prefix)
         # Without a prefix the whole namespace goes, with what is damaged and bears no name any more.
-        return await self._upkeep.clear(entries if prefix or self._space.scoped else self._space.root)
+        return await self._upkeep.clear(entries if prefix or self._space.scope else self._space.root)
 
     def _entries(self, prefix: str) -> bytes:
         if not isinstance(prefix, str):
@@ -406,14 +406,15 @@ class Cache(AsyncCache):
         return self._space.entry(prefix, self._max_key_length) if prefix else self._space.entries
 
     def with_namespace(self, namespace: str) -> Cache:
-        return self._view(KeySpace(self._space.prefix, namespace))
+        return self._view(KeySpace(self._space.prefix, namespace, self._space.scope))
 
     def with_scope(self, scope: Scope) -> Cache:
         return self._view(self._scoped(scope))
 
     def _scoped(self, scope: Scope) -> KeySpace:
-        value = scope_of(scope)
-        return KeySpace(self._space.prefix, self._space.namespace, digest(argument_bytes(("scope",), (value,))))
+        value, outer = argument_bytes(("scope",), (scope_of(scope),)), self._space.scope
+        within = digest(outer.encode(), value) if outer else digest(value)
+        return KeySpace(self._space.prefix, self._space.namespace, within)
 
     def _view(self, space: KeySpace) -> Cache:
         view = copy.copy(self)

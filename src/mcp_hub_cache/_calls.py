@@ -103,9 +103,16 @@ class Calls:
     """The calls of one decorated function: their keys, their cache, their figures."""
 
     def __init__(
-        self, func: Callable[..., Any], options: Options, *, is_method: bool, names: Mapping[str, object] | None
+        self,
+        func: Callable[..., Any],
+        options: Options,
+        *,
+        is_method: bool,
+        names: Mapping[str, object] | None,
+        like: Calls | None = None,
     ) -> None:
         self.func = func
+        self._like = like  # whose keys these are
         self.options = options
         self.is_method = is_method
         self.readable = function_name(func).readable
@@ -125,10 +132,13 @@ class Calls:
             self._template = template(options.key, func, skip_first=is_method)
         self._scope_template: Callable[..., str] | None = None
         if isinstance(options.scope, str) and "{" in options.scope:
-            self._scope_template = template(options.scope, func, skip_first=is_method)
+            self._scope_template = template(options.scope, func, skip_first=is_method, what="scope")
         # Of the tags, those that depend on arguments; the rest are the policy's for every call.
         self._changes, tags = options.changes, options.tags()
-        self._tags = tuple([template(tag, func, skip_first=is_method) for tag in tags if "{" in tag])
+        # Who invalidates a tag writes it as plain text, so nothing in it is escaped.
+        self._tags = tuple(
+            [template(tag, func, skip_first=is_method, what="tag", plain=True) for tag in tags if "{" in tag]
+        )
         self._fixed_tags = tuple([tag for tag in tags if "{" not in tag])
         if self._tags:
             self._changes = {**options.changes, "tags": self._fixed_tags}
@@ -138,7 +148,7 @@ class Calls:
     @functools.cached_property
     def identity(self) -> str:
         """What tells the function from all others."""
-        return identify(self.func)
+        return identify(self.func) if self._like is None else self._like.identity
 
     @functools.cached_property
     def classes(self) -> ClassSet:
@@ -354,9 +364,9 @@ class Calls:
                 )
         return await plans.cache.load(key, loader, plans.refresh if refresh else plans.load, name, tags)
 
-    def _tags_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    def _tags_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
         """The tags of a call that depend on its arguments."""
-        return [render(*args, **kwargs) for render in self._tags]
+        return as_tags(render(*args, **kwargs) for render in self._tags)
 
     @property
     def _owner(self) -> str | None:

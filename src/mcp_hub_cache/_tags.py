@@ -19,16 +19,16 @@ def as_tags(given: object) -> tuple[str, ...]:
     """
     if isinstance(given, str | bytes) or not isinstance(given, Iterable):
         raise TypeError(f'tags must be several texts, such as tags=["user:42"], not {type(given).__name__}')
-    tags = tuple(dict.fromkeys(given))
+    tags = tuple(given)
     for tag in tags:
         check_tag(tag)
-    return tags
+    return tuple(dict.fromkeys(tags))
 
 
 def check_tag(tag: object) -> None:
     """Raise what ``as_tags`` raises for one of them."""
     if not isinstance(tag, str):
-        raise TypeError(f"a tag must be text, not {type(tag).__name__}")
+        raise TypeError(f'a tag must be text, such as "user:42", not {type(tag).__name__}')
     if not 0 < len(tag) <= MAX_TAG:
         raise ValueError(f"a tag has 1 to {MAX_TAG:,} characters, not {len(tag):,}")
 
