@@ -115,7 +115,7 @@ REFUSED: list[tuple[str, Any, type[Exception], str]] = [
     ("tags", "user:42", TypeError, 'tags must be several texts, such as tags=\\["user:42"\\], not str'),
     ("tags", 42, TypeError, "tags must be several texts"),
     ("tags", None, TypeError, "tags must be several texts"),
-    ("tags", [42], TypeError, "a tag must be text, such as "user:42", not int"),
+    ("tags", [42], TypeError, 'a tag must be text, such as "user:42", not int'),
     ("tags", [""], ValueError, "a tag has 1 to 1,024 characters, not 0"),
     ("tags", ["x" * 1025], ValueError, "a tag has 1 to 1,024 characters, not 1,025"),
     ("coalesce", "Fleet", ValueError, 'coalesce must be "process" or "fleet", not \'Fleet\''),
