@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -99,6 +100,17 @@ async def test_others_have_their_turn_between_reads(folder: Path) -> None:
             await store.get_many([KEY])
         counting.cancel()
         assert turns >= 20
+
+
+async def test_beside_a_thread_that_works_a_lone_read_goes_there_too(folder: Path) -> None:
+    async with filled(folder) as store:
+        going = threading.Event()
+        waiting = store._job(going.wait)
+        reading = asyncio.ensure_future(store.get_many([KEY]))
+        await asyncio.sleep(0)
+        assert store.jobs == 2
+        going.set()
+        await asyncio.gather(waiting, reading)
 
 
 async def test_what_would_have_to_be_waited_for_is_read_by_a_thread(

@@ -200,6 +200,11 @@ class Threads:
             self._look_later()
         return future
 
+    @property
+    def busy(self) -> bool:
+        """Whether a job is queued or under way."""
+        return bool(self._returns.pending)
+
     def _look_later(self) -> None:
         if self._crew.can_grow():
             due = self._loop.time() + _PATIENCE

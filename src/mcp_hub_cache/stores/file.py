@@ -166,13 +166,12 @@ class FileStore:
 
     def get_many(self, keys: Sequence[bytes], /) -> Awaitable[list[bytes | None]]:
         """See ``Store.get_many``. One key's file is read on the loop where it is in memory (``_file_memory``)."""
-        if len(keys) != 1:
+        # Beside a thread that works, the loop would contend with it for the interpreter at every system call.
+        if len(keys) != 1 or self._local.get().threads.busy:
             return self._job(self._batches.get, keys)
-        self._local.get()  # opened, if it is not yet
         loop = asyncio.get_running_loop()
         future: asyncio.Future[list[bytes | None]] = Answer(loop=loop)
-        # Not in the caller's step: one who asks for many in turn lets others have theirs, and those who ask at once
-        # with others gather in a batch.
+        # Not in the caller's own step, so that others have theirs; who asks in the same turn gathers in a batch.
         loop.call_soon(self._glance, keys, future)
         return future
 
