@@ -43,21 +43,29 @@ class Decided:
         ttl: Seconds it will stay fresh, as the loader said; None: it said nothing.
         planned: As the policy says; None: a function of the result says.
         tags: See ``CurrentEntry``.
+        tags_added: The same, None as long as nobody has looked at them.
         skipped: It is not to be stored.
         unchanged: What the loader was given as not modified; ``MISSING``: it did not ask.
         closed: The loader has ended.
     """
 
-    __slots__ = ("closed", "planned", "read", "skipped", "tags", "ttl", "unchanged")
+    __slots__ = ("_given", "closed", "planned", "read", "skipped", "tags_added", "ttl", "unchanged")
 
-    def __init__(self, planned: float | None, tags: Iterable[str], read: Callable[[], Any] | None) -> None:
+    def __init__(self, planned: float | None, tags: tuple[str, ...], read: Callable[[], Any] | None) -> None:
         self.ttl: float | None = None
         self.planned = planned
-        self.tags = Tags(tags)
+        self._given = tags
+        self.tags_added: Tags | None = None
         self.read = read
         self.skipped = False
         self.unchanged: Any = MISSING
         self.closed = False
+
+    @property
+    def tags(self) -> Tags:
+        if self.tags_added is None:
+            self.tags_added = Tags(self._given)
+        return self.tags_added
 
     def open(self) -> None:
         """Let ``current_entry`` lead here, in this context."""

@@ -97,7 +97,20 @@ FRESH: Final = Takes()
 class Session:
     """What belongs to one event loop."""
 
-    __slots__ = ("behind", "flights", "l1", "lines", "loop", "marks", "placeholders", "rests", "rivals", "tasks", "use")
+    __slots__ = (
+        "behind",
+        "flights",
+        "is_direct",
+        "l1",
+        "lines",
+        "loop",
+        "marks",
+        "placeholders",
+        "rests",
+        "rivals",
+        "tasks",
+        "use",
+    )
 
     def __init__(  # noqa: PLR0917  # its parts
         self,
@@ -111,6 +124,7 @@ class Session:
     ) -> None:
         self.loop = loop
         self.lines = lines
+        self.is_direct = isinstance(lines, Direct)
         self.flights = Flights(loop)
         self.l1 = l1
         self.placeholders = placeholders

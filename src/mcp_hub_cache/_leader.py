@@ -16,7 +16,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable
 from datetime import timedelta
 from time import monotonic
 from types import CoroutineType
@@ -27,7 +27,6 @@ from ._changes import Part
 from ._classes import ClassSet
 from ._codec import FAILURE, DecodeError, decode, is_immutable
 from ._current import Decided
-from ._direct import Direct
 from ._durations import seconds
 from ._engine import Engine, Hit, Takes
 from ._exceptions import LoadTimeoutError, UncacheableError, ValueTooLargeError
@@ -37,7 +36,7 @@ from ._leases import OVER, beside, is_rival, rest_of
 from ._marks import OWNED
 from ._placeholders import Over
 from ._policy import Rules
-from ._protocols import Begun, Held, Observer, Outcome
+from ._protocols import Begun, Held, Observer, Outcome, Write
 from ._shortcut import Shortcut
 from ._tags import ANY_DIGEST, tag_digest
 from ._tokens import new_token
@@ -92,7 +91,7 @@ class Trip:
 
     def __init__(
         self,
-        tags: Iterable[str] = (),
+        tags: tuple[str, ...] = (),
         *,
         spare: Hit | None = None,
         seen: bytes | None = None,
@@ -103,8 +102,8 @@ class Trip:
         self.seen = seen
         self.ahead = ahead
         self.behind = behind
-        self.tags = tuple(tags)
-        self.digests = tuple(map(tag_digest, self.tags))
+        self.tags = tags
+        self.digests = tuple(map(tag_digest, tags)) if tags else ()
         self.begun: Begun | None = None
         self.part: Part | None = None
         self.marks: tuple[Mark, ...] = ()
@@ -204,8 +203,20 @@ class Leader:
         """
         trip: Trip = flight.cargo
         try:
-            if self._reachable and (found := await self._begin(trip)) is not None:
-                return found
+            if self._reachable:
+                marks, taking = self._session.marks, None
+                self._any = marks.any(self._root)
+                if self._any is None or trip.digests:
+                    taking = marks.take(self._root, (ANY_DIGEST, *trip.digests))
+                found = await self._ask(trip)
+                if type(found) is _Rival:
+                    found = await self._queue(trip, found)
+                    if trip.digests:  # what was invalidated while another loaded need not be held against this load
+                        taking = marks.take(self._root, (ANY_DIGEST, *trip.digests))
+                if type(found) is Landed:
+                    return found
+                if taking is not None:
+                    self._keep_marks(trip, await marks.taken(taking))
             flight.begun = True
             value, cost = await self._call(flight, trip)
             return await self._land(flight, trip, value, cost)
@@ -216,34 +227,24 @@ class Leader:
 
     # Beginning
 
-    async def _begin(self, trip: Trip) -> Landed | None:
-        """Take the marks and the turn; what was found instead, if somebody else has loaded it."""
-        marks, digests = self._session.marks, (ANY_DIGEST, *trip.digests)
-        taking = marks.take(self._root, digests)
-        found, waited = await self._take_turn(trip)
-        if found is not None:
-            return found
-        if waited:  # what was invalidated while another loaded must not be held against this load
-            taking = marks.take(self._root, digests)
-        taken = await marks.taken(taking)
+    def _keep_marks(self, trip: Trip, taken: dict[bytes, bytes] | None) -> None:
         if taken is not None:
             self._any = taken[ANY_DIGEST]
             trip.marks = tuple([Mark(digest, taken[digest]) for digest in trip.digests])
-        return None
 
-    async def _take_turn(self, trip: Trip) -> tuple[Landed | None, bool]:
-        """Wait until it is this process's turn to load; also say whether that took any waiting."""
-        rules, deadline = self._plan.rules, 0.0
-        while True:
+    async def _queue(self, trip: Trip, rival: _Rival) -> Landed | None:
+        """Wait until it is this process's turn to load, where a fleet shares loads; what was found by then."""
+        rules = self._plan.rules
+        if not rules.fleet or self._plan.refresh:
+            return None
+        deadline = monotonic() + rules.wait_timeout
+        while await self._session.rivals.over(rival.key, rival.token, deadline):
             found = await self._ask(trip)
             if not isinstance(found, _Rival):
-                return found, bool(deadline)
-            if not rules.fleet or self._plan.refresh:
-                return None, False
-            deadline = deadline or monotonic() + rules.wait_timeout
-            if not await self._session.rivals.over(found.key, found.token, deadline):
-                self._give_up(trip)
-                return None, True
+                return found
+            rival = found
+        self._give_up(trip)
+        return None
 
     def _give_up(self, trip: Trip) -> None:
         """Do what the policy says where another's load takes too long; return to load all the same."""
@@ -260,11 +261,15 @@ class Leader:
     async def _ask(self, trip: Trip) -> Landed | _Rival | None:
         """Begin at the store; what stands in the way of loading, if something does."""
         session, key, plan = self._session, self._key, self._plan
-        part = self._engine.part(key)
-        begun = trip.begun = await session.placeholders.begin(key)
         # What this process plants moves the counter itself. Where nothing can come in between, that is no change;
         # elsewhere whoever joins first has to look.
-        trip.part = self._engine.part(key) if isinstance(session.lines, Direct) else part
+        if session.is_direct:
+            trip.begun = begun = await session.placeholders.begin(key)
+            trip.part = self._engine.part(key)
+        else:
+            part = self._engine.part(key)
+            trip.begun = begun = await session.placeholders.begin(key)
+            trip.part = part
         if begun is None:
             return None
         held = session.placeholders.hold(key, begun)
@@ -382,9 +387,10 @@ class Leader:
         except UncacheableError as refused:
             self._say_uncacheable(refused)
             return
-        marks = await self._marks(trip)
-        if marks is not None:
-            await self._put(trip, FAILURE, payload, Life(ttl), 0.0, marks)
+        marks = trip.marks if self._decided.tags_added is None else await self._late_marks(trip)
+        if marks is not None and len(marks) >= len(trip.digests):
+            outcome = await self._writes.put(self._session, self._framed(trip, FAILURE, payload, Life(ttl), 0.0, marks))
+            self._stored = outcome == "done"
 
     def _rest(self, trip: Trip) -> None:
         """Nobody need wait for what has failed, or try again at once where there is something to serve."""
@@ -409,14 +415,22 @@ class Leader:
             codec, payload = self._try_encode(value, wanted=life is not None)
         doubtful, outcome = False, None
         if life is not None and payload is not None and trip.begun is not None:
-            marks = await self._marks(trip)
-            doubtful = marks is None
-            if marks is not None and not flight.detached:
-                outcome = await self._store(trip, value, codec, payload, life, cost, marks)
-        if outcome != "done":
+            marks = trip.marks if self._decided.tags_added is None else await self._late_marks(trip)
+            if marks is None or len(marks) < len(trip.digests):
+                doubtful = True  # they could not be had, or came too late to be sure of
+            elif not flight.detached:
+                taken = self._taken
+                if taken is not None and value is self._decided.unchanged:
+                    outcome = await self._let_live(trip, taken, life, marks)
+                else:
+                    outcome = await self._writes.put(
+                        self._session, self._framed(trip, codec, payload, life, cost, marks)
+                    )
+                self._stored = outcome == "done"
+        if not self._stored:
             self._pass()
-        if plan.refresh and outcome not in {"done", "refused"} and not flight.detached:
-            await self._writes.withdraw(self._session, self._key)
+            if plan.refresh and outcome != "refused" and not flight.detached:
+                await self._writes.withdraw(self._session, self._key)
         return Landed(value, codec, payload, plan.classes, cost, doubtful)
 
     def _life(self, value: Any) -> Life | None:
@@ -436,42 +450,34 @@ class Leader:
             ttl = seconds(given)
         return Life(ttl, rules.stale_ttl, min(rules.jitter, ttl / 2))
 
-    async def _marks(self, trip: Trip) -> tuple[Mark, ...] | None:
-        """The marks of the entry; None: they can't be had, or came too late to be sure of."""
-        marks = trip.marks
-        if len(marks) < len(trip.digests):
+    async def _late_marks(self, trip: Trip) -> tuple[Mark, ...] | None:
+        """The marks of the entry, with those of tags that the loader has added; None: too late to be sure of."""
+        added = [tag for tag in self._decided.tags if tag not in trip.tags]
+        if not added:
+            return trip.marks
+        if self._any is None:
             return None
-        added = self._decided.tags.difference(trip.tags)
-        if added:
-            if self._any is None:
-                return None
-            late = self._session.marks
-            taken = await late.taken(late.take(self._root, map(tag_digest, added)))
-            if taken is None or await late.current(self._root, ANY_DIGEST) != self._any:
-                return None
-            marks = (*marks, *(Mark(digest, mark) for digest, mark in taken.items()))
-        return marks if self._plan.owner is None else (*marks, Mark(self._plan.owner, OWNED))
+        late = self._session.marks
+        taken = await late.taken(late.take(self._root, map(tag_digest, added)))
+        if taken is None or await late.current(self._root, ANY_DIGEST) != self._any:
+            return None
+        return (*trip.marks, *(Mark(digest, mark) for digest, mark in taken.items()))
 
-    async def _store(  # noqa: PLR0917  # what an entry is made of
-        self, trip: Trip, value: Any, codec: int, payload: bytes, life: Life, cost: float, marks: tuple[Mark, ...]
-    ) -> Outcome:
-        taken = self._taken
-        if taken is not None and value is self._decided.unchanged:
-            if set(marks) <= set(taken.marks):
-                outcome = await self._writes.patch(self._session, self._writes.patched(self._key, taken, life))
-                self._stored = outcome == "done"
-                return outcome
-            codec, payload, cost = taken.head.codec, bytes(taken.payload), taken.head.cost
-        return await self._put(trip, codec, payload, life, cost, marks)
-
-    async def _put(  # noqa: PLR0917  # the same
+    def _framed(  # noqa: PLR0917  # what an entry is made of
         self, trip: Trip, codec: int, payload: bytes, life: Life, cost: float, marks: tuple[Mark, ...]
-    ) -> Outcome:
+    ) -> Write:
         assert trip.begun is not None
-        write = self._writes.framed(self._key, codec, payload, life, fence=trip.begun.fence, cost=cost, marks=marks)
-        outcome = await self._writes.put(self._session, write)
-        self._stored = outcome == "done"
-        return outcome
+        if self._plan.owner is not None:
+            marks = (*marks, Mark(self._plan.owner, OWNED))
+        return self._writes.framed(self._key, codec, payload, life, fence=trip.begun.fence, cost=cost, marks=marks)
+
+    async def _let_live(self, trip: Trip, taken: Frame, life: Life, marks: tuple[Mark, ...]) -> Outcome:
+        """Let what is stored live anew: by its head alone, unless it is to have more marks."""
+        if set(marks) <= set(taken.marks):
+            return await self._writes.patch(self._session, self._writes.patched(self._key, taken, life))
+        head = taken.head
+        write = self._framed(trip, head.codec, bytes(taken.payload), life, head.cost, marks)
+        return await self._writes.put(self._session, write)
 
     def _try_encode(self, value: Any, *, wanted: bool) -> tuple[int, bytes | None]:
         try:

@@ -165,6 +165,11 @@ class Marks:
 
     # Taking
 
+    def any(self, root: bytes) -> bytes | None:
+        """Return the mark of any invalidation, if it is known to stand: what every load asks."""
+        known = self._standing(self._key(root, ANY_DIGEST))
+        return None if known is None else known.mark
+
     def take(self, root: bytes, digests: Iterable[bytes]) -> Taking:
         """Ask for the marks of tags. Begins at once; ``taken`` has the answer."""
         wanted = tuple(digests)
