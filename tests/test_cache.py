@@ -36,8 +36,8 @@ from mcp_hub_cache import (
 )
 from mcp_hub_cache._async_cache import Seconds
 from mcp_hub_cache._frame import HEAD_SIZE, pack, unpack_head
+from mcp_hub_cache._freshness import Life
 from mcp_hub_cache._lane import Lane
-from mcp_hub_cache._writes import Life
 from mcp_hub_cache.stores.memory import MemoryStore
 from mcp_hub_cache.testing import FaultyStore
 from tests.backends import NAMES, Backend, poll, store_raw, stored, turns

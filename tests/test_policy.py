@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from mcp_hub_cache import FOREVER, Cache, Policy, acached
-from mcp_hub_cache._policy import DEFAULT, MAX_EARLY, THROTTLE, WAIT, Rules, changed, rules_of
+from mcp_hub_cache._policy import DEFAULT, MAX_EARLY, THROTTLE, WAIT, changed
+from mcp_hub_cache._rules import Rules, rules_of
 from mcp_hub_cache.stores.memory import MemoryStore
 from mcp_hub_cache.testing import FakeClock, FaultyStore
 

@@ -16,19 +16,21 @@ from ._async_cache import AsyncCache, Loader, PolicyOptions, Scope, Seconds
 from ._blake import blake2b
 from ._classes import NOTHING, ClassSet, as_class_set
 from ._durations import seconds
-from ._engine import MISS, Engine, Takes, tell_read
+from ._engine import Engine
 from ._flight import Flight
 from ._keys import KeySpace, argument_bytes, digest, scope_of
 from ._l1 import NOT_SHARED
-from ._leader import Plan
 from ._load import NO_TAGS, Loads
-from ._policy import Coalesce, Policy, Rules, changed, check_coalesce, rules_of
+from ._policy import Coalesce, Policy
 from ._protocols import Evicting, Leases, Observer, Store, StoreState
+from ._reads import MISS, Reads, Takes, tell_read
+from ._rules import Rulebook, Rules
 from ._shortcut import AGAIN, Shortcut
 from ._stats import Counters
 from ._tags import as_tags
+from ._trip import Plan
 from ._upkeep import Upkeep
-from ._writes import Life, Writes
+from ._writes import Writes
 
 if TYPE_CHECKING:
     from ._figures import CacheStatus, Entry, Stats
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 D = TypeVar("D")
 
-_MOST_RULES: Final = 256
 _MAX_KEY_LENGTH: Final = 16_000  # four bytes a character and the prefix fit the frame's key field
 
 
@@ -85,8 +86,6 @@ class Cache(AsyncCache):
         observer: Observer | None = None,
     ) -> None:
         self._default_ttl = seconds(default_ttl, "default_ttl")
-        check_coalesce(coalesce)
-        self._coalesce: Coalesce = coalesce
         self._max_key_length = _whole(max_key_length, "max_key_length", least=1, most=_MAX_KEY_LENGTH)
         self._space = KeySpace(prefix, namespace)
         self._counters = Counters()
@@ -101,12 +100,14 @@ class Cache(AsyncCache):
             observers=(self._counters,) if observer is None else (self._counters, observer),
             prefix=prefix.encode(),
         )
-        self._policy = changed(policy, {})
-        self._known_rules: dict[Hashable, tuple[Policy, Rules]] = {}
-        self._life_of, self._policy_tags = _life_of(self.rules()), self.rules().tags
-        self._writes = Writes(self._engine, _whole(max_value_bytes, "max_value_bytes", least=1))
-        self._loads = Loads(self._engine, self._writes, max_refreshes=_whole(max_refreshes, "max_refreshes"))
-        self._upkeep = Upkeep(self._engine, self._writes)
+        no_fleet = f'coalesce="fleet" needs a store with leases, which {store.name} has not: use Redis or files'
+        self._rulebook = Rulebook(policy, self._default_ttl, coalesce, None if isinstance(store, Leases) else no_fleet)
+        self._reads = Reads(self._engine)
+        self._writes = Writes(self._engine, self._reads, _whole(max_value_bytes, "max_value_bytes", least=1))
+        self._loads = Loads(
+            self._engine, self._reads, self._writes, max_refreshes=_whole(max_refreshes, "max_refreshes")
+        )
+        self._upkeep = Upkeep(self._engine, self._reads, self._writes)
         if isinstance(store, Evicting):
             store.on_evict = self._counters.eviction
 
@@ -155,34 +156,7 @@ class Cache(AsyncCache):
             TypeError: There is no such option, or it is of the wrong type.
             ValueError: An option is out of range, contradicts another, or is nothing that this cache's store can do.
         """
-        base = self._policy if policy is None else policy
-        name: Hashable = (id(base), *((option, type(value), value) for option, value in changes.items()))
-        try:
-            known = self._known_rules.get(name)
-        except TypeError:  # an option that can't be hashed
-            name = known = None
-        if known is not None and known[0] is base:
-            return known[1]
-        rules = rules_of(changed(base, changes), default_ttl=self._default_ttl, coalesce=self._coalesce)
-        if rules.fleet and not isinstance(self._engine.store, Leases):
-            raise ValueError(
-                f'coalesce="fleet" needs a store with leases, which {self._engine.store.name} has not: leave it out, '
-                "or use Redis or files"
-            )
-        if name is not None:
-            if len(self._known_rules) >= _MOST_RULES:
-                self._known_rules.clear()
-            self._known_rules[name] = base, rules
-        return rules
-
-    def _how(
-        self, ttl: Seconds | None, policy: Policy | None, tags: Iterable[str]
-    ) -> tuple[Callable[[object], Life], tuple[str, ...]]:
-        """How a value that is set is to live, and its tags."""
-        if ttl is None and policy is None and not tags:
-            return self._life_of, self._policy_tags
-        rules = self.rules(policy, ttl=ttl)
-        return _life_of(rules), (*rules.tags, *as_tags(tags)) if tags else rules.tags
+        return self._rulebook.rules(policy, changes)
 
     @overload
     async def get(self, key: str, default: None = None, *, as_type: type[T]) -> T | None: ...
@@ -212,12 +186,12 @@ class Cache(AsyncCache):
                     if near.cost:
                         names.saved += near.cost
                     return value
-        engine = self._engine
-        if not engine.has_l1:
-            value = await engine.fetch(self._key(key), _classes(as_type))
+        reads = self._reads
+        if not reads.has_l1:
+            value = await reads.fetch(self._key(key), _classes(as_type))
             return default if value is MISS else value
-        hit, _ = await engine.look_up(engine.session(), self._key(key), _classes(as_type))
-        tell_read(hit, engine.observers)
+        hit, _ = await reads.look_up(self._engine.session(), self._key(key), _classes(as_type))
+        tell_read(hit, self._engine.observers)
         if hit is None:
             return default
         if hit.near is not None and self._has_shortcuts:
@@ -226,12 +200,12 @@ class Cache(AsyncCache):
 
     async def get_many(self, keys: Iterable[str], *, as_type: object = Any) -> dict[str, Any]:
         names = {self._key(key): key for key in _several(keys)}
-        values = await self._engine.read_many(list(names), _classes(as_type))
+        values = await self._reads.read_many(list(names), _classes(as_type))
         return {name: values[key] for key, name in names.items() if key in values}
 
     async def get_entry(self, key: str, *, as_type: object = Any) -> Entry[Any] | None:
         engine = self._engine
-        hit, _ = await engine.look_up(engine.session(), self._key(key), _classes(as_type))
+        hit, _ = await self._reads.look_up(engine.session(), self._key(key), _classes(as_type))
         tell_read(hit, engine.observers)
         if hit is None:
             return None
@@ -250,7 +224,7 @@ class Cache(AsyncCache):
         policy: Policy | None = None,
         as_type: object = Any,
     ) -> None:
-        store_key, (life_of, all_tags) = self._key(key), self._how(ttl, policy, tags)
+        store_key, (life_of, all_tags) = self._key(key), self._rulebook.life(ttl, policy, tags)
         codec, payload = self._writes.encode(value, _classes(as_type))
         await self._writes.write(store_key, codec, payload, life_of(value), all_tags)
 
@@ -263,7 +237,7 @@ class Cache(AsyncCache):
         policy: Policy | None = None,
         as_type: object = Any,
     ) -> None:
-        classes, (life_of, all_tags) = _classes(as_type), self._how(ttl, policy, tags)
+        classes, (life_of, all_tags) = _classes(as_type), self._rulebook.life(ttl, policy, tags)
         entries = [
             (self._key(key), *self._writes.encode(value, classes), life_of(value)) for key, value in mapping.items()
         ]
@@ -279,7 +253,7 @@ class Cache(AsyncCache):
         policy: Policy | None = None,
         as_type: object = Any,
     ) -> bool:
-        store_key, (life_of, all_tags) = self._key(key), self._how(ttl, policy, tags)
+        store_key, (life_of, all_tags) = self._key(key), self._rulebook.life(ttl, policy, tags)
         codec, payload = self._writes.encode(value, _classes(as_type))
         return await self._writes.add(store_key, codec, payload, life_of(value), all_tags)
 
@@ -290,10 +264,10 @@ class Cache(AsyncCache):
         return await self._writes.delete_many(list(dict.fromkeys(map(self._key, _several(keys)))))
 
     async def exists(self, key: str) -> bool:
-        return await self._engine.frame(self._key(key)) is not None
+        return await self._reads.frame(self._key(key)) is not None
 
     async def ttl(self, key: str) -> float | None:
-        frame = await self._engine.frame(self._key(key))
+        frame = await self._reads.frame(self._key(key))
         return None if frame is None else frame.head.fresh_until - self._engine.store.now()
 
     async def touch(self, key: str, ttl: Seconds) -> bool:
@@ -473,15 +447,6 @@ def _several(keys: Iterable[str]) -> Iterable[str]:
     if isinstance(keys, str | bytes):
         raise TypeError("keys must be several keys, not one text; put it in a list")
     return keys
-
-
-def _life_of(rules: Rules) -> Callable[[object], Life]:
-    """Return what says how long a value lives that is set under *rules*."""
-    ttl = rules.ttl
-    if callable(ttl):
-        return lambda value: Life(given := seconds(ttl(value)), rules.stale_ttl, min(rules.jitter, given / 2))
-    life = Life(ttl, rules.stale_ttl, rules.jitter)
-    return lambda _: life
 
 
 def _owner(owner: str) -> bytes:

@@ -31,8 +31,8 @@ from ._tags import as_tags
 
 if TYPE_CHECKING:
     from ._cache import Cache
-    from ._leader import Plan
     from ._policy import Policy
+    from ._trip import Plan
 
 log = logging.getLogger("mcp_hub_cache")
 

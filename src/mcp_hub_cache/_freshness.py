@@ -46,6 +46,14 @@ def span(now: float, ttl: float, stale_ttl: float = 0.0, jitter: float = 0.0, dr
     return Span(fresh_until, fresh_until + stale_ttl)
 
 
+class Life(NamedTuple):
+    """How long an entry is to live: seconds fresh, further seconds kept to stand in, and what chance may take away."""
+
+    ttl: float
+    stale_ttl: float = 0.0
+    jitter: float = 0.0
+
+
 class Freshness(Enum):
     """What may be done with an entry at a moment."""
 

@@ -23,133 +23,23 @@ from types import CoroutineType
 from typing import Any, NamedTuple
 
 from ._async_cache import MISSING, Loader
-from ._changes import Part
-from ._classes import ClassSet
-from ._codec import FAILURE, DecodeError, decode, is_immutable
+from ._codec import FAILURE, DecodeError, decode
 from ._current import Decided
 from ._durations import seconds
-from ._engine import Engine, Hit, Takes
+from ._engine import Engine
 from ._exceptions import LoadTimeoutError, UncacheableError, ValueTooLargeError
 from ._flight import Flight
 from ._frame import Frame, Mark, unpack
+from ._freshness import Life
 from ._leases import OVER, beside, is_rival, rest_of
 from ._marks import OWNED
 from ._placeholders import Over
-from ._policy import Rules
-from ._protocols import Begun, Held, Observer, Outcome, Write
-from ._shortcut import Shortcut
+from ._protocols import Held, Outcome, Write
+from ._reads import Reads
 from ._tags import ANY_DIGEST, tag_digest
 from ._tokens import new_token
-from ._writes import Life, Writes
-
-
-class Plan(NamedTuple):
-    """How to load: what ``Cache`` makes of its options.
-
-    Attributes:
-        name: What to call the load in errors.
-        label: What to call it in logs, where no key must stand.
-        rules: The policy.
-        takes: What it takes besides fresh values.
-        classes: What may be revived.
-        refresh: Load even if there is something fresh.
-        owner: 16 bytes that mark the entry as belonging to a function.
-        observers: Who hears of it.
-        shortcut: Where aliases of what is found may stand.
-    """
-
-    name: str
-    label: str
-    rules: Rules
-    takes: Takes
-    classes: ClassSet
-    refresh: bool
-    owner: bytes | None
-    observers: tuple[Observer, ...]
-    shortcut: Shortcut | None = None
-
-
-class Trip:
-    """What a flight and those who wait for it have to tell each other.
-
-    Attributes:
-        spare: The stale hit that may stand in for what the flight yields.
-        seen: The token of what was found; the flight is to replace that very entry.
-        ahead: There is something fresh: who asks for it need not wait.
-        behind: Nobody waits for it: it goes on in the background from the start.
-        tags: The entry's, as far as they are known before the load.
-        digests: Of these.
-        begun: What was found at the beginning; None: not begun yet, or not to be had.
-        part: The counter of the key, from before ``begun`` was last known to stand.
-        marks: Of the tags, since they were taken.
-        look: Set while somebody looks whether ``begun`` still stands.
-    """
-
-    __slots__ = (
-        "ahead", "begun", "behind", "digests", "look", "marks", "part", "seen", "spare", "tags"
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        tags: tuple[str, ...] = (),
-        *,
-        spare: Hit | None = None,
-        seen: bytes | None = None,
-        ahead: bool = False,
-        behind: bool = False,
-    ) -> None:
-        self.spare = spare
-        self.seen = seen
-        self.ahead = ahead
-        self.behind = behind
-        self.tags = tags
-        self.digests = tuple(map(tag_digest, tags)) if tags else ()
-        self.begun: Begun | None = None
-        self.part: Part | None = None
-        self.marks: tuple[Mark, ...] = ()
-        self.look: Any = None
-
-    def is_unmoved(self) -> bool:
-        """Whether nothing has happened to the key since it was last known to stand, as far as that is told."""
-        return self.begun is None or (self.part is not None and self.part.holds())
-
-    def surely_stands(self) -> bool:
-        """Whether nobody need be asked for who comes now to join the load."""
-        return not self.marks and self.is_unmoved()
-
-    def is_of(self, digests: frozenset[bytes]) -> bool:
-        """Whether its entry has one of these tags, as far as that is known."""
-        return not digests.isdisjoint(self.digests)
-
-
-class Landed(NamedTuple):
-    """What a flight yields.
-
-    Attributes:
-        value: The value.
-        codec: Of the payload.
-        payload: None: it can't be encoded, so all waiters share the one object.
-        classes: What may be revived.
-        cost: Seconds the load took.
-        doubtful: Something was invalidated meanwhile that may concern it: who came after that loads again.
-    """
-
-    value: Any
-    codec: int
-    payload: bytes | memoryview | None
-    classes: ClassSet
-    cost: float
-    doubtful: bool = False
-
-    def copy(self) -> Any:
-        """Return the value, for one more reader."""
-        if self.payload is None or is_immutable(self.value):
-            return self.value
-        return decode(self.codec, self.payload, self.classes)
-
-
-class NothingToDoError(Exception):
-    """The flight came to nothing: what is stale rests, or is refreshed by somebody else."""
+from ._trip import Landed, NothingToDoError, Plan, Trip
+from ._writes import Writes
 
 
 class _Rival(NamedTuple):
@@ -164,6 +54,7 @@ class Leader:
 
     Args:
         engine: Whose store to begin at.
+        reads: The way to what is there.
         writes: The way to store the result.
         key: What is loaded.
         loader: What loads it.
@@ -172,14 +63,23 @@ class Leader:
     """
 
     __slots__ = (
-        "_any", "_decided", "_engine", "_held", "_key", "_loader", "_over", "_plan", "_reachable", "_root", "_session",
-        "_stored", "_taken", "_writes",
+        "_any", "_decided", "_engine", "_held", "_key", "_loader", "_over", "_plan", "_reachable", "_reads", "_root",
+        "_session", "_stored", "_taken", "_writes",
     )  # fmt: skip
 
-    def __init__(
-        self, engine: Engine, writes: Writes, key: bytes, loader: Loader[Any], plan: Plan, *, reachable: bool
+    def __init__(  # noqa: PLR0917  # its tools, and what it is to do
+        self,
+        engine: Engine,
+        reads: Reads,
+        writes: Writes,
+        key: bytes,
+        loader: Loader[Any],
+        plan: Plan,
+        *,
+        reachable: bool,
     ) -> None:
         self._engine = engine
+        self._reads = reads
         self._writes = writes
         self._session = engine.session()
         self._key = key
@@ -284,7 +184,7 @@ class Leader:
     async def _look(self, trip: Trip, data: bytes) -> Landed | None:
         """Look at what stands there already: it may be what is wanted, or something to stand in."""
         plan = self._plan
-        hit = await self._engine.accept(self._session, self._key, data, plan.classes, None, plan.takes)
+        hit = await self._reads.accept(self._session, self._key, data, plan.classes, None, plan.takes)
         if hit is None:
             return None
         frame = unpack(data, self._key)

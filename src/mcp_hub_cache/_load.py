@@ -21,14 +21,16 @@ from typing import Any, Final
 
 from ._async_cache import Loader
 from ._codec import FAILURE, DecodeError, decode, is_immutable
-from ._engine import Engine, Hit, Session, tell_read
+from ._engine import Engine, Session
 from ._exceptions import CircularLoadError, StoreError
 from ._flight import PENDING, Flight
 from ._frame import TOKEN
 from ._freshness import lead
-from ._leader import Landed, Leader, NothingToDoError, Plan, Trip
+from ._leader import Leader
 from ._placeholders import heed
+from ._reads import Hit, Reads, tell_read
 from ._shortcut import AGAIN
+from ._trip import Landed, NothingToDoError, Plan, Trip
 from ._writes import Writes
 
 NO_TAGS: Final[Callable[[], Iterable[str]]] = tuple
@@ -39,12 +41,14 @@ class Loads:
 
     Args:
         engine: The engine.
+        reads: The way to what is there.
         writes: The way to store results.
         max_refreshes: How many refreshes may go on in the background at once.
     """
 
-    def __init__(self, engine: Engine, writes: Writes, *, max_refreshes: int) -> None:
+    def __init__(self, engine: Engine, reads: Reads, writes: Writes, *, max_refreshes: int) -> None:
         self._engine = engine
+        self._reads = reads
         self._writes = writes
         self._max_refreshes = max_refreshes
 
@@ -80,16 +84,16 @@ class Loads:
                     if found is not AGAIN:
                         return found
                 near = session.l1.peek(key) if rules.stale_ttl else None  # before it is looked at, and dropped
-                hit, reachable = await engine.look_up(session, key, plan.classes, plan.takes)
+                hit, reachable = await self._reads.look_up(session, key, plan.classes, plan.takes)
                 if hit is not None and hit.stale is None:
                     return self._fresh(session, key, hit, loader, plan, name, tags)
                 spare = hit
                 if not reachable and near is not None:
-                    spare = engine.untrusted(near, plan.classes)
+                    spare = self._reads.untrusted(near, plan.classes)
             if spare is not None and self._stands_in_at_once(session, key, spare, loader, plan, tags):
                 return self._stand_in(spare, plan)
             trip = Trip((*rules.tags, *tags()), spare=spare, seen=spare and spare.head.token)
-            work = Leader(engine, self._writes, key, loader, plan, reachable=reachable).fly
+            work = Leader(engine, self._reads, self._writes, key, loader, plan, reachable=reachable).fly
             flight, leads = flights.board(key, plan.name, work, anew=plan.refresh, group=plan.owner, cargo=trip)
             if not leads:
                 found = await self.join(flight, plan, spare)
@@ -163,7 +167,7 @@ class Loads:
         """Load in the background, unless that is done already or too much of it."""
         if session.flights.joinable(key) is not None or session.behind >= self._max_refreshes:
             return
-        work = Leader(self._engine, self._writes, key, loader, plan, reachable=True).fly
+        work = Leader(self._engine, self._reads, self._writes, key, loader, plan, reachable=True).fly
         try:
             flight, _ = session.flights.board(key, plan.name, work, group=plan.owner, cargo=trip, kept=True)
         except CircularLoadError:  # a loader that asks for itself, and is served

@@ -12,11 +12,11 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Final, Literal, NamedTuple, Self
+from typing import Any, Final, Literal, Self
 
 from ._async_cache import Seconds
 from ._durations import seconds
-from ._failures import Failures, check_class
+from ._failures import check_class
 from ._tags import as_tags
 
 Coalesce = Literal["process", "fleet"]
@@ -145,56 +145,6 @@ class Policy:
     def replace(self, **changes: Any) -> Self:
         """Return a policy that differs from this one in *changes*, checked as a whole."""
         return replace(self, **changes)
-
-
-class Rules(NamedTuple):
-    """A policy as the engine takes it: nothing left open, durations as seconds. Fields are named as ``Policy``'s.
-
-    Attributes:
-        failures: Of ``cache_errors``; None: no exception is an answer.
-        fleet: Coalesce in the whole fleet.
-    """
-
-    ttl: float | Callable[[Any], Seconds]
-    jitter: float
-    stale_ttl: float
-    throttle: float
-    soft_timeout: float | None
-    timeout: float | None
-    early: float
-    cache_if: Callable[[Any], bool] | None
-    failures: Failures | None
-    tags: tuple[str, ...]
-    fleet: bool
-    wait_timeout: float
-    on_wait_timeout: AfterWait
-
-
-def rules_of(policy: Policy, *, default_ttl: float, coalesce: Coalesce) -> Rules:
-    """Return what *policy* means for a cache with these defaults.
-
-    Raises:
-        ValueError: It contradicts them.
-    """
-    given: Any = policy  # its fields are seconds by now
-    ttl = default_ttl if given.ttl is None else given.ttl
-    if ttl is default_ttl:
-        policy.replace(ttl=default_ttl)  # whether they go together
-    return Rules(
-        ttl=ttl,
-        jitter=given.jitter,
-        stale_ttl=given.stale_ttl,
-        throttle=THROTTLE if given.throttle is None else given.throttle,
-        soft_timeout=given.soft_timeout,
-        timeout=given.timeout,
-        early=given.early,
-        cache_if=given.cache_if,
-        failures=None if given.cache_errors is None else Failures(given.cache_errors),
-        tags=given.tags,
-        fleet=(given.coalesce or coalesce) == "fleet",
-        wait_timeout=WAIT if given.wait_timeout is None else given.wait_timeout,
-        on_wait_timeout=given.on_wait_timeout or "load",
-    )
 
 
 def changed(policy: object, changes: Mapping[str, object]) -> Policy:

@@ -17,6 +17,7 @@ from ._exceptions import StoreError, StoreMisconfiguredError
 from ._frame import Kind, Mark, peek
 from ._marks import OWNED
 from ._protocols import StoreState
+from ._reads import Reads
 from ._writes import Writes
 
 log = logging.getLogger("mcp_hub_cache")
@@ -25,8 +26,9 @@ log = logging.getLogger("mcp_hub_cache")
 class Upkeep:
     """The upkeep of one engine's store."""
 
-    def __init__(self, engine: Engine, writes: Writes) -> None:
+    def __init__(self, engine: Engine, reads: Reads, writes: Writes) -> None:
         self._engine = engine
+        self._reads = reads
         self._writes = writes
         self._store = engine.store
 
@@ -38,7 +40,7 @@ class Upkeep:
                 async for page in pages:
                     marked: list[bytes] = []
                     for key, data in page:
-                        if (head := self._engine.fresh_head(data)) is None:
+                        if (head := self._reads.fresh_head(data)) is None:
                             continue
                         if head.mark_count:  # a head alone does not say which
                             marked.append(key)
@@ -57,9 +59,9 @@ class Upkeep:
         frames = [
             (key, frame)
             for key, data in zip(keys, await self._store.get_many(keys), strict=True)
-            if (frame := self._engine.intact(key, data)) is not None
+            if (frame := self._reads.intact(key, data)) is not None
         ]
-        standing = await self._engine.stand_all(session, frames) if frames else []
+        standing = await self._reads.stand_all(session, frames) if frames else []
         return [key for (key, _), one in zip(frames, standing, strict=True) if one.good]
 
     async def count(self, prefix: bytes) -> int:
@@ -119,7 +121,7 @@ class Upkeep:
         head = None if data is None else peek(data)
         if head is not None and head.kind == Kind.PLACEHOLDER:
             return not session.flights.is_of_another(key, owner)
-        frame = self._engine.intact(key, data)
+        frame = self._reads.intact(key, data)
         return frame is not None and Mark(owner, OWNED) in frame.marks
 
     async def ping(self) -> StoreState:

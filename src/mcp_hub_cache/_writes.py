@@ -12,16 +12,17 @@ import asyncio
 import math
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ._classes import ClassSet
 from ._codec import encode
 from ._engine import CHUNK, Engine, Session, every
 from ._exceptions import StoreError, ValueTooLargeError
 from ._frame import Frame, Mark, pack, patch_head
-from ._freshness import Span, span
+from ._freshness import Life, Span, span
 from ._placeholders import heed
 from ._protocols import Fence, Outcome, Patch, Write
+from ._reads import Reads
 from ._tags import ANY_DIGEST, mark_key, tag_digest
 from ._tokens import new_token
 
@@ -30,24 +31,18 @@ _write: Final[Callable[[tuple[bytes, bytes, float | None, Fence | None]], Write]
 _TRIES: Final = 3  # for what is compared and written: others may be quicker so often
 
 
-class Life(NamedTuple):
-    """How long an entry is to live: seconds fresh, further seconds kept to stand in, and what chance may take away."""
-
-    ttl: float
-    stale_ttl: float = 0.0
-    jitter: float = 0.0
-
-
 class Writes:
     """Writes through one engine.
 
     Args:
         engine: Whose store to write to.
+        reads: The way to what is there.
         max_value_bytes: The largest stored form of a value.
     """
 
-    def __init__(self, engine: Engine, max_value_bytes: int) -> None:
+    def __init__(self, engine: Engine, reads: Reads, max_value_bytes: int) -> None:
         self._engine = engine
+        self._reads = reads
         self._store = engine.store
         self._max_value_bytes = max_value_bytes
         # Bound once: a line tells kinds of requests apart by the identity of their call.
@@ -209,7 +204,7 @@ class Writes:
             held = session.placeholders.hold(key, begun) if begun.leader else None
             outcome: Outcome = "refused"
             try:
-                if await self._engine.fresh_frame(session, key, begun.frame) is not None:
+                if await self._reads.fresh_frame(session, key, begun.frame) is not None:
                     return False
                 write = self.framed(key, codec, payload, life, fence=begun.fence, marks=marks)
                 outcome = await self.put(session, write)
@@ -227,7 +222,7 @@ class Writes:
         """Give the fresh entry under *key* a new ttl from now; what it may stand in beyond that stays as long."""
         session = self._engine.session()
         for _ in range(_TRIES):
-            frame = await self._engine.frame(key)
+            frame = await self._reads.frame(key)
             if frame is None:
                 return False
             head = frame.head
@@ -275,6 +270,6 @@ class Writes:
             for answer in await self._submit_all(session, self._delete, chunk):
                 if isinstance(answer, StoreError):
                     self._engine.trouble(answer)
-                elif self._engine.fresh_head(answer) is not None:
+                elif self._reads.fresh_head(answer) is not None:
                     removed += 1
         return removed
