@@ -21,7 +21,8 @@ class Shifted(Backend):
     """As a backend; ``advance`` moves the time.
 
     A server has a clock of its own, which drops what is kept no longer. What decides on freshness is the store's idea
-    of it, and that is ahead by as much as it was advanced here. The near cache has no part in that: there is none.
+    of it, and that is ahead by as much as it was advanced here. The near cache has no part in that: there is none, and
+    no feed, so that what one cache changes is known to the others at once.
     """
 
     def __init__(self, name: str, folder: Path, server: Server | None = None) -> None:
@@ -32,7 +33,7 @@ class Shifted(Backend):
         if self.name != "redis":
             return self.open_timed(**options)
         assert self._server is not None
-        store = RedisStore(self._server.url, timeout=PATIENT)
+        store = RedisStore(self._server.url, timeout=PATIENT, max_connections=1)
         now = store.now
         store.now = lambda: now() + self._shift.time
         options = {"timeout": PATIENT, "l1_max_entries": 0} | options
