@@ -134,8 +134,8 @@ class Loads:
     def _is_due(self, session: Session, key: bytes, hit: Hit, plan: Plan) -> bool:
         """Whether it is time to refresh ahead; drawn once for an entry in L1, and for each read of the store."""
         near = hit.near
-        if near is not None and near.is_due():
-            return True
+        if near is not None and near.is_hastened():
+            return near.is_due()
         ahead = lead(hit.head.cost, plan.rules.early, self._engine.draw())
         if near is None:
             if hit.head.fresh_until - self._engine.store.now() <= ahead:

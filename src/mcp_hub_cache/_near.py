@@ -77,8 +77,12 @@ class Near(Node):
 
     def hasten(self, ahead: float) -> None:
         """Let the entry be due for a refresh *ahead* seconds before it stops being fresh; the first draw stands."""
-        if self.until == self.fresh_until:
+        if not self.is_hastened():
             self.until = self.fresh_until - ahead
+
+    def is_hastened(self) -> bool:
+        """Whether that was drawn."""
+        return self.until != self.fresh_until
 
     def is_fresh(self) -> bool:
         """Whether it may be served now, be it due for a refresh or not."""
