@@ -1,9 +1,12 @@
-"""What the pages say: links lead somewhere, and every figure is one that a run has left behind."""
+"""What the pages say: links lead somewhere, programs print what stands below them, figures are those of a run."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ from benchmarks.page import page
 ROOT = Path(__file__).parents[1]
 PUBLISHED = ROOT / "docs" / "benchmarks"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+CONCEPTS = sorted(ROOT.glob("docs/*.md"))
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 # What the README claims, by the row that it comes from.
 CLAIMS = {
@@ -39,6 +44,48 @@ def test_links_lead_to_what_is_there(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if not re.match(r"[a-z]+:", target):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def programs(path: Path) -> list[tuple[str, str]]:
+    """The programs of a page, each with what it says that they print: the block that follows."""
+    blocks = FENCED.findall(path.read_text(encoding="utf-8"))
+    answers = [*blocks[1:], ("", "")]
+    found = []
+    for (language, code), (following, printed) in zip(blocks, answers, strict=True):
+        if language == "python":
+            assert following == "text", f"nothing says what this prints: {code[:200]}"
+            found.append((code, printed))
+    return found
+
+
+PROGRAMS = [
+    pytest.param(code, printed, id=f"{path.stem}-{number}")
+    for path in CONCEPTS
+    for number, (code, printed) in enumerate(programs(path), 1)
+]
+
+
+def test_every_concept_has_programs() -> None:
+    assert {path.stem for path in CONCEPTS} == {"coalescing", "freshness", "scope", "tags"}
+    for path in CONCEPTS:
+        assert programs(path), f"{path.name} shows nothing"
+
+
+@pytest.mark.parametrize(("code", "printed"), PROGRAMS)
+def test_programs_print_what_stands_below_them(code: str, printed: str, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(code, encoding="utf-8")
+    # A busy machine may take longer than an agent would be kept waiting.
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(program)],
+        cwd=tmp_path,
+        env=os.environ | {"CACHE_TIMEOUT": "10"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.stdout, done.stderr) == (printed, "")
 
 
 def test_the_benchmarks_page_is_what_the_run_wrote() -> None:

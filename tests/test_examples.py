@@ -15,6 +15,11 @@ from tests.servers import valkey_server
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PRINTS = {
+    "conditional_fetch": "^at first: v1, 1 requests, 10,000 bytes sent\n"
+    "within its minute: v1, 1 requests, 10,000 bytes sent\n"
+    "a minute later, not modified: v1, 2 requests, 10,000 bytes sent\n"
+    "within the next: v1, 2 requests, 10,000 bytes sent\n"
+    "modified: v2, 3 requests, 20,000 bytes sent\n$",
     "get_set": "goal='ship it'.*\n"
     "fresh for 600 seconds\n"
     "a cached None: None\n"
@@ -27,6 +32,14 @@ PRINTS = {
     "redis_fleet": "^No server is configured.*\n"
     "(process .* on file: .*\n){3}"
     "3 processes asked 30 questions; 10 results were stored\n$",
+    "stale_weather": "^at first: ada: 20 degrees in Oslo; bo: 20 degrees in Oslo; 2 calls\n"
+    "11 minutes later, at once: ada: 20 degrees in Oslo; bo: 20 degrees in Oslo; 4 calls\n"
+    "then: ada: 25 degrees in Oslo; bo: 25 degrees in Oslo; 4 calls\n"
+    "with the service down: ada: 25 degrees in Oslo; bo: 25 degrees in Oslo; 6 calls\n"
+    "log: refreshing .*weather in the background failed \\(ConnectionError\\): what there is stands in\n"
+    "and for half a minute nobody asks it: ada: 25 degrees in Oslo; bo: 25 degrees in Oslo; 6 calls\n"
+    "bo is forgotten, and asks anew: ada: 25 degrees in Oslo; bo: 25 degrees in Oslo; 7 calls\n"
+    "140 stale hits, 40 hits, 2 load errors\n$",
     "tool_cache": "^50 agents asked: 1 call\n"
     "asked again: 1 call\n"
     "asked after invalidate: 2 calls\n"

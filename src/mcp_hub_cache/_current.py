@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from ._async_cache import MISSING, MissingType, Seconds
 from ._durations import seconds
 from ._tags import check_tag
+
+T = TypeVar("T")
 
 _current: Final[ContextVar[Decided | None]] = ContextVar("mcp_hub_cache_entry", default=None)
 
@@ -82,9 +84,10 @@ class CurrentEntry:
 
     @property
     def tags(self) -> set[str]:
-        """Marks for ``invalidate``: those of the policy, to which the loader may add.
+        """Marks for ``invalidate``: those of the policy, to which the loader may ``add`` or ``update``.
 
-        A tag added here is good against every invalidation since the load began. Raises as ``Policy`` does for tags.
+        Taking one away has no effect. A tag added here is good against every invalidation since the load began.
+        Raises as ``Policy`` does for tags.
         """
         return self._decided.tags
 
@@ -92,7 +95,7 @@ class CurrentEntry:
     def ttl(self) -> float | None:
         """Seconds that the result will stay fresh; None: a function of the result will say.
 
-        Set it to a duration, more than 0, or ``FOREVER``: it wins over the policy's.
+        Set it to a duration, more than 0, or ``FOREVER``: it wins over the policy's, a function of the result too.
         """
         return self._decided.planned if self._decided.ttl is None else self._decided.ttl
 
@@ -109,7 +112,8 @@ class CurrentEntry:
         """A copy of what is stored now, stale or about to be; ``MISSING``: nothing usable is."""
         return MISSING if self._decided.read is None else self._decided.read()
 
-    def not_modified(self) -> Any:
+    # Not Any: under mypy --strict a function that says what it returns may not return that.
+    def not_modified(self) -> T:  # type: ignore[type-var]  # pyright: ignore[reportInvalidTypeVarUse]  # of any type
         """Return what is stored now, for the loader to return; it is kept for another ttl, and not written again.
 
         For origins that can say "not modified" (RFC 9110, 15.4.5).
@@ -117,13 +121,13 @@ class CurrentEntry:
         Raises:
             LookupError: Nothing usable is stored: look at ``stale_value`` before asking conditionally.
         """
-        value = self.stale_value
+        value: Any = self.stale_value
         if value is MISSING:
             raise LookupError(
                 "nothing is stored that could be unmodified: ask unconditionally where stale_value is MISSING"
             )
         self._decided.unchanged = value
-        return value
+        return value  # type: ignore[no-any-return]  # whatever is stored
 
 
 def current_entry() -> CurrentEntry:

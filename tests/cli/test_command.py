@@ -147,6 +147,26 @@ async def test_several_keys_are_deleted_at_once(command: Command) -> None:
     assert command.json("delete", "a", "b", "c", "a") == {"deleted": 2, "keys": {"a": True, "b": True, "c": False}}
 
 
+async def test_a_tag_is_invalidated_in_its_namespace(command: Command) -> None:
+    async with command.cache() as cache:
+        await cache.set("a", 1, tags=["user:1", "all"])
+        await cache.set("b", 2, tags=["user:2", "all"])
+        await cache.set("c", 3)
+    assert command.json("set", "d", "x", "--tag", "user:1", "--tag", "mine")["stored"]
+    command("set", "elsewhere", "x", "--tag", "all", "-n", "another")
+    assert command.json("invalidate", "nobody's") == {"invalidated": True, "tags": ["nobody's"]}
+    assert sorted(command("keys").stdout.split()) == ["a", "b", "c", "d"]
+    done = command("invalidate", "user:1", "mine", "user:1")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "invalidated 'user:1', 'mine'" in done.stderr
+    assert sorted(command("keys").stdout.split()) == ["b", "c"]
+    assert command("get", "a").returncode == 1
+    assert command("invalidate", "all").returncode == 0
+    assert command("keys").stdout == "c\n"
+    assert command("keys", "-n", "another").stdout == "elsewhere\n"
+    command("clear", "-y", "-n", "another")
+
+
 @pytest.mark.parametrize(
     ("args", "env", "says"),
     [
@@ -155,6 +175,9 @@ async def test_several_keys_are_deleted_at_once(command: Command) -> None:
         (["set", "k", "v", "--ttl", "inf"], {}, "forever"),
         (["set", "", "v"], {}, "key"),
         (["get", "k" * 1025], {}, "1,024"),
+        (["invalidate"], {}, "TAG"),
+        (["invalidate", ""], {}, "a tag has 1 to 1,024 characters"),
+        (["set", "k", "v", "--tag", "t" * 1025], {}, "1,024"),
         (["status", "-n", "../up"], {}, "namespace"),
         (["status"], {"CACHE_BACKEND": "mongo", "REDIS_DB": "x"}, "CACHE_BACKEND held 'mongo'"),
         (["status", "--nonsense"], {}, "nonsense"),
@@ -179,6 +202,8 @@ def test_wrong_usage_and_settings_end_with_2_and_a_sentence(
         (["set", "k", "v"], "file"),
         (["set", "k", "v"], "none"),
         (["delete", "k"], "file"),
+        (["invalidate", "t"], "file"),
+        (["invalidate", "t"], "none"),
         (["keys"], "none"),
         (["clear", "--yes"], "none"),
     ],

@@ -18,15 +18,19 @@ from mcp_hub_cache import (
     AsyncCache,
     Cache,
     CacheStatus,
+    CurrentEntry,
     Entry,
     FileCache,
+    LoadTimeoutError,
     MemoryCache,
     MissingType,
     Observer,
+    Policy,
     RedisCache,
     Stats,
     Store,
     acached,
+    current_entry,
     default_cache,
     open_cache,
 )
@@ -283,6 +287,87 @@ def options(cache: AsyncCache) -> None:
     acached("5m")  # type: ignore[call-overload]
 
 
+# Policies
+
+
+class NotFoundError(Exception): ...
+
+
+def max_age(result: Item) -> float:
+    return 5.0 if result.name else 0.0
+
+
+patient = Policy(ttl="10m", stale_ttl=timedelta(hours=1), soft_timeout=0, tags=["all"])
+
+
+def policies(cache: AsyncCache) -> None:
+    assert_type(patient.replace(ttl=5, stale_ttl="1d"), Policy)
+    Policy()
+    Policy(ttl=FOREVER, cache_errors={NotFoundError: "30s", LoadTimeoutError: 5}, timeout=2.5)
+    Policy(ttl=max_age, jitter="10s", early=1, cache_if=lambda result: result is not None)
+    Policy(coalesce="fleet", wait_timeout="5s", on_wait_timeout="error", tags=(f"n{n}" for n in range(3)))
+    Policy(stale_ttl=60, throttle=0, on_wait_timeout="stale", coalesce="fleet")
+
+    Policy("10m")  # type: ignore[call-arg]
+    Policy(ttl=b"10m")  # type: ignore[arg-type]
+    Policy(early="1")  # type: ignore[arg-type]
+    Policy(coalesce="cluster")  # type: ignore[arg-type]
+    Policy(on_wait_timeout="raise")  # type: ignore[arg-type]
+    Policy(cache_errors=[NotFoundError])  # type: ignore[arg-type]
+    Policy(cache_errors={KeyboardInterrupt: 5})  # type: ignore[dict-item]
+    Policy(tags=[1])  # type: ignore[list-item]
+    Policy(nope=1)  # type: ignore[call-arg]
+    patient.ttl = 5  # type: ignore[misc]
+
+    acached(policy=patient)
+    acached(policy=patient, ttl="1m", stale_ttl=None, tags=["user:{user_id}"], scope="{tenant_id}")
+    acached(policy=patient, cache_errors={NotFoundError: 5}, coalesce="fleet", early=1, cache=cache)
+    acached(ttl=max_age)
+
+    acached(policy={"ttl": 5})  # type: ignore[call-overload]
+    acached(policy="10m")  # type: ignore[call-overload]
+    acached(coalesce="cluster")  # type: ignore[call-overload]
+    acached(soft_timout=0)  # type: ignore[call-overload]
+    acached(tags=5)  # type: ignore[call-overload]
+
+
+@acached(policy=patient, tags=["user:{user_id}"])
+async def profile(user_id: int, part: str = "") -> Item:
+    entry = current_entry()
+    assert_type(entry, CurrentEntry)
+    assert_type(entry.ttl, float | None)
+    assert_type(entry.tags, set[str])
+    assert_type(entry.stale_value, Any | MissingType)
+    entry.ttl = "5m"
+    entry.ttl = 5
+    entry.ttl = timedelta(minutes=5)
+    entry.tags.add("team:red")
+    entry.tags.update({"a"}, ["b"])
+    entry.skip()
+    old: Item | None = None if entry.stale_value is MISSING else entry.stale_value
+    print(old)
+    entry.ttl = None  # type: ignore[assignment]
+    entry.tags.add(5)  # type: ignore[arg-type]
+    entry.stale_value = 5  # type: ignore[misc]
+    return entry.not_modified()
+
+
+async def other_policies(client: Client) -> None:
+    quick = profile.with_policy(timeout="2s", soft_timeout=None)
+    assert_type(await quick(42, part="x"), Item)
+    assert_type(await quick.refresh(42), Item)
+    assert_type(await profile.with_policy(patient)(42), Item)
+    assert_type(await profile.with_policy(patient, ttl=5).peek(42), Item | MissingType)
+    await quick("42")  # type: ignore[arg-type]
+    profile.with_policy(ttl=b"")  # type: ignore[arg-type]
+    profile.with_policy(nope=1)  # type: ignore[call-arg]
+    profile.with_policy({"ttl": 5})  # type: ignore[arg-type]
+
+    fetch = client.fetch.with_policy(stale_ttl="1h")
+    assert_type(await fetch("x", raw=True), bytes)
+    await fetch(1)  # type: ignore[arg-type]
+
+
 # The cache
 
 
@@ -315,7 +400,16 @@ async def writing(cache: AsyncCache, mapping: Mapping[str, int]) -> None:
     assert_type(await cache.touch("k", 5), bool)
     assert_type(await cache.clear(), int)
 
+    await cache.set("k", 1, tags=["user:42"], policy=patient)
+    await cache.set_many(mapping, tags={"a"}, policy=patient)
+    assert_type(await cache.add("k", 1, tags=("a",)), bool)
+    assert_type(await cache.invalidate("user:42", "all"), bool)
+
     await cache.set("k")  # type: ignore[call-arg]
+    await cache.set("k", 1, policy="10m")  # type: ignore[arg-type]
+    await cache.set("k", 1, stale_ttl=5)  # type: ignore[call-arg]  # a policy's
+    await cache.set("k", 1, tags=[1])  # type: ignore[list-item]
+    await cache.invalidate(["user:42"])  # type: ignore[arg-type]
     await cache.set(1, 1)  # type: ignore[arg-type]
     await cache.set("k", 1, 60)  # type: ignore[call-arg]  # ttl is keyword-only
     await cache.set("k", 1, ttl=[5])  # type: ignore[arg-type]
@@ -332,6 +426,16 @@ async def loading(cache: AsyncCache) -> None:
     assert_type(await cache.get_or_load("k", load), Item)
     kept = await cache.get_or_load("k", load, ttl=5, as_type=Item, cache_if=lambda item: item.name != "", share=True)
     assert_type(kept, Item)
+    assert_type(await cache.get_or_load("k", load, policy=patient, scope=tenant), Item)
+    assert_type(await cache.get_or_load("k", load, ttl=max_age, tags=["a"], coalesce="fleet", scope=42), Item)
+    await cache.get_or_load("k", load, policy=patient, timeout=None)
+    assert_type(cache.with_scope("acme"), AsyncCache)
+    assert_type(await cache.with_scope(tenant).get_or_load("k", load), Item)
+
+    await cache.get_or_load("k", load, nope=1)  # type: ignore[call-arg]
+    await cache.get_or_load("k", load, coalesce="cluster")  # type: ignore[arg-type]
+    await cache.get_or_load("k", load, scope=lambda: "acme")  # type: ignore[arg-type]
+    cache.with_scope(1.5)  # type: ignore[arg-type]
     await cache.get_or_load("k", plain)  # type: ignore[arg-type]
     await cache.get_or_load("k", load())  # type: ignore[arg-type, unused-coroutine, unused-ignore]
 
@@ -358,6 +462,10 @@ async def all_caches_are_async_caches(observer: Observer) -> None:
         assert_type(await memory.health_check(), bool)
         assert_type(memory.stats, Stats)
         assert_type(memory.with_namespace("other"), Cache)
+        assert_type(memory.with_scope("acme"), Cache)
+    Cache(MemoryStore(), policy=patient, coalesce="fleet", max_refreshes=0)
+    FileCache("cache", policy=patient, coalesce="fleet", max_refreshes=0)
+    MemoryCache(policy="10m")  # type: ignore[arg-type]
 
 
 def stores_are_stores() -> list[Store]:

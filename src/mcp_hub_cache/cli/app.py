@@ -215,6 +215,10 @@ def set_(
             "--ttl", help='How long it stays: seconds, "10m", or "forever"; else CACHE_DEFAULT_TTL.', metavar="TTL"
         ),
     ] = None,
+    tags: Annotated[
+        list[str] | None,
+        typer.Option("--tag", help="A mark for invalidate; may be given several times.", metavar="TAG"),
+    ] = None,
     as_text: Annotated[bool, typer.Option("--text", help="Store VALUE as text, even if it is JSON.")] = False,
     namespace: NamespaceOption = None,
     to_json: JsonOption = False,
@@ -223,7 +227,8 @@ def set_(
 
     async def work(cache: Cache) -> Exit:
         text = _read_stdin() if value == "-" else value
-        await cache.set(key, text if as_text else _parsed(text), ttl=None if ttl is None else _ttl(ttl))
+        parsed = text if as_text else _parsed(text)
+        await cache.set(key, parsed, ttl=None if ttl is None else _ttl(ttl), tags=tags or ())
         code = await _answered(cache, Exit.OK)
         if to_json:
             output.print_json({"key": key, "stored": code == Exit.OK})
@@ -253,6 +258,27 @@ def delete(
             for key in (key for key, there in removed.items() if not there):
                 output.say(f"nothing under {key!r}")
             output.say(f"deleted {_entries(count)}")
+        return code
+
+    _with_cache(work, namespace)
+
+
+@app.command()
+def invalidate(
+    tags: Annotated[list[str], typer.Argument(help="Tags to invalidate.", metavar="TAG...", show_default=False)],
+    namespace: NamespaceOption = None,
+    to_json: JsonOption = False,
+) -> None:
+    """Invalidate every entry of the namespace that has one of these tags, however many there are."""
+
+    async def work(cache: Cache) -> Exit:
+        wanted = list(dict.fromkeys(tags))
+        told = await cache.invalidate(*wanted)
+        code = await _answered(cache, Exit.OK)
+        if to_json:
+            output.print_json({"invalidated": told and code == Exit.OK, "tags": wanted})
+        elif code == Exit.OK:
+            output.say(f"invalidated {', '.join(map(repr, wanted))}")
         return code
 
     _with_cache(work, namespace)
