@@ -254,7 +254,7 @@ class Loads:
     def _spare_of(self, flight: Flight, plan: Plan) -> Hit | None:
         """What the flight has found to stand in, for one more reader; None: nothing that this plan takes."""
         spare: Hit | None = flight.cargo.spare
-        if spare is None or spare.stale is None or not plan.rules.stale_ttl:
+        if spare is None or spare.stale is None or not plan.rules.stale_ttl or plan.refresh:
             return None
         if self._engine.store.now() >= spare.head.fresh_until + plan.rules.stale_ttl:
             return None
@@ -269,9 +269,9 @@ class Loads:
         """Whether nothing has happened to the key, or to its tags, since the load began; else it is detached."""
         trip: Trip = flight.cargo
         stands = trip.is_unmoved() or await self._look(session, flight)
-        if stands and trip.marks:
+        if stands and (marks := trip.hangs_on()):
             try:
-                stands = (await session.marks.stand(self._engine.root(flight.key), trip.marks)).good
+                stands = (await session.marks.stand(self._engine.root(flight.key), marks)).good
             except StoreError as error:
                 self._engine.trouble(error)
         if not stands and session.flights.joinable(flight.key) is flight:

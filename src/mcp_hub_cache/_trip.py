@@ -90,11 +90,15 @@ class Trip:
 
     def surely_stands(self) -> bool:
         """Whether nobody need be asked for who comes now to join the load."""
-        return not self.marks and self.is_unmoved()
+        return not self.marks and (self.spare is None or not self.hangs_on()) and self.is_unmoved()
+
+    def hangs_on(self) -> tuple[Mark, ...]:
+        """The marks that must stand for who comes now: of the load, and of what may stand in for it."""
+        return self.marks if self.spare is None or self.spare.stale is None else (*self.marks, *self.spare.stale.marks)
 
     def is_of(self, digests: frozenset[bytes]) -> bool:
-        """Whether its entry has one of these tags, as far as that is known."""
-        return not digests.isdisjoint(self.digests)
+        """Whether its entry, or what may stand in for it, has one of these tags, as far as that is known."""
+        return not digests.isdisjoint((*self.digests, *(digest for digest, _ in self.hangs_on())))
 
 
 class Landed(NamedTuple):
