@@ -25,8 +25,8 @@ import msgspec
 import pydantic
 
 from mcp_hub_cache._classes import classes_of
-from mcp_hub_cache._codec import encode
-from mcp_hub_cache._frame import Kind, Mark, pack, patch_head, placeholder, unpack_head
+from mcp_hub_cache._codec import FAILURE, encode
+from mcp_hub_cache._frame import Kind, Mark, frame_of_kind, pack, patch_head, placeholder, unpack_head
 from mcp_hub_cache._keys import KeySpace, argument_bytes, bind, digest, function_name, namer
 
 GOLDEN = Path(__file__).parent
@@ -141,6 +141,8 @@ def _frame_cases() -> dict[str, tuple[Callable[[], bytes], None]]:
         "v1-entry-patched": patched,
         "v1-placeholder": lambda: placeholder(key, token, 1.7e9, 15.0),
         "v1-mark": lambda: entry(kind=Kind.MARK, codec=0),
+        "v1-failure": lambda: entry(codec=FAILURE),
+        "v1-over": lambda: frame_of_kind(Kind.OVER, key, token, 1.7e9, 30.0),
     }
     return {name: (make, None) for name, make in cases.items()}
 
