@@ -408,6 +408,10 @@ class Cache(AsyncCache):
         return self._view(self._scoped(scope))
 
     def _scoped(self, scope: Scope) -> KeySpace:
+        if callable(scope):
+            raise TypeError(
+                "scope must be a value or a ContextVar here; functions of arguments are for @acached(scope=…)"
+            )
         value, outer = argument_bytes(("scope",), (scope_of(scope),)), self._space.scope
         within = digest(outer.encode(), value) if outer else digest(value)
         return KeySpace(self._space.prefix, self._space.namespace, within)
@@ -475,7 +479,8 @@ def _life_of(rules: Rules) -> Callable[[object], Life]:
     """Return what says how long a value lives that is set under *rules*."""
     ttl = rules.ttl
     if callable(ttl):
-        return lambda value: Life(given := seconds(ttl(value)), rules.stale_ttl, min(rules.jitter, given / 2))
+        what = "what the function for the ttl returns"
+        return lambda value: Life(given := seconds(ttl(value), what), rules.stale_ttl, min(rules.jitter, given / 2))
     life = Life(ttl, rules.stale_ttl, rules.jitter)
     return lambda _: life
 

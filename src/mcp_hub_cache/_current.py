@@ -101,7 +101,10 @@ class CurrentEntry:
 
     @property
     def stale_value(self) -> Any | MissingType:
-        """A copy of what is stored now, stale or about to be; ``MISSING``: nothing usable is."""
+        """A copy of what is stored now; ``MISSING``: nothing usable is.
+
+        There is something where a stale entry may stand in (``stale_ttl``), and where a fresh one is refreshed.
+        """
         return MISSING if self._decided.read is None else self._decided.read()
 
     # Not Any: under mypy --strict a function that says what it returns may not return that.
