@@ -43,8 +43,8 @@ class Policy:
             together; less than *ttl*. Where the ttl is decided for each result, at most half of that.
         stale_ttl: How much longer it may stand in where a load fails (fail-safe) or is slow (*soft_timeout*); 0: not at
             all. ``get`` never returns it.
-        throttle: After a failed load, what is stale stands in for so long before the next try, in the whole fleet; 0:
-            every call tries; None: 30 seconds.
+        throttle: After a load of its that failed, what is stale stands in for so long before anybody's next try, in
+            the whole fleet; 0: the next call tries; None: 30 seconds.
         soft_timeout: With something stale at hand, wait only so long for the load, then serve what is stale while
             the load goes on in the background. 0: serve it at once (stale-while-revalidate). None: wait.
         timeout: A loader that takes longer is cancelled, and who waits gets ``LoadTimeoutError``, or what is stale.
