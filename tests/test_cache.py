@@ -409,6 +409,8 @@ async def test_no_view_leads_out_of_its_scope(cache: Cache) -> None:
 
     assert await acme.get_or_load("k", load, scope="run") == "acme's run's"
     assert await acme.with_scope("run").get("k") == "acme's run's"
+    with pytest.raises(TypeError, match="functions of arguments are for @acached"):
+        acme.with_scope(lambda: "run")  # type: ignore[arg-type]
 
 
 # Time

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -86,6 +87,28 @@ def test_programs_print_what_stands_below_them(code: str, printed: str, tmp_path
         timeout=60,
     )
     assert (done.stdout, done.stderr) == (printed, "")
+
+
+def test_the_readmes_first_program_runs(tmp_path: Path) -> None:
+    code = FENCED.search((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert code is not None and code[1] == "python"
+    for calls in (1, 0):  # as its comment promises
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code[2]],
+            cwd=tmp_path,
+            env=os.environ | {"CACHE_TIMEOUT": "10"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert (done.stdout, done.stderr) == (f"50 answers, {calls} call(s)\n{{'steps': ['a', 'b']}}\n", "")
+
+
+def test_the_readmes_other_programs_are_python() -> None:
+    for language, code in FENCED.findall((ROOT / "README.md").read_text(encoding="utf-8")):
+        if language == "python":
+            compile(code, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 
 def test_the_benchmarks_page_is_what_the_run_wrote() -> None:

@@ -47,8 +47,9 @@ class Acached(Protocol[P, R_co]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R_co]:
         """Return the cached value, or call the function and store what it returns.
 
-        Concurrent calls with equal arguments share one call. Raises what the function raises, unchanged; that is not
-        stored.
+        Concurrent calls with equal arguments share one call. Where the policy allows it, what is stale stands in for a
+        call that fails or is slow; else what the function raises is raised, unchanged, and not stored unless
+        ``cache_errors`` says so.
 
         Cancellation: other callers keep the call; the last to leave cancels it.
         """
@@ -59,15 +60,18 @@ class Acached(Protocol[P, R_co]):
         ...
 
     def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, bool]:
-        """Remove the entry of these arguments; answer whether there was one. A call in progress stores nothing."""
+        """Remove the entry of these arguments; answer whether it was fresh. A call in progress stores nothing."""
         ...
 
     def refresh(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R_co]:
-        """Call the function even if there is an entry, store and return the result."""
+        """Call the function even if there is an entry, store and return the result.
+
+        Nothing stale stands in for what it raises, and what is stored stays then.
+        """
         ...
 
     def peek(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R_co | MissingType]:
-        """Return the cached value or ``MISSING``; never calls the function."""
+        """Return the fresh cached value or ``MISSING``; never calls the function."""
         ...
 
     def bypass(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R_co]:

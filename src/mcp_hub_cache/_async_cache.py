@@ -137,13 +137,14 @@ class AsyncCache(Protocol):
             value: Plain data, the standard library's value types, or instances of classes that *as_type* names.
             ttl: Seconds it stays fresh, more than 0; None: the default; ``FOREVER``: no end.
             tags: Marks for ``invalidate``, besides those of the policy.
-            policy: Says how long it lives (``ttl``, ``jitter``, ``stale_ttl``) and its ``tags``; None: the cache's own.
+            policy: Says how long it lives (``ttl``, ``jitter``, ``stale_ttl``) and its ``tags``; the rest is about
+                loads. None: the cache's own.
             as_type: The type or annotation whose classes *value* may hold.
 
         Raises:
             UncacheableError: *value* can't be stored so that a hit equals a miss; says where inside it and what to do.
             ValueTooLargeError: Its stored form is larger than the cache takes, 8 MiB unless set otherwise.
-            ValueError: *ttl* is out of range or no duration.
+            ValueError: *ttl* is out of range or no duration, or a tag is empty or too long.
         """
         ...
 
@@ -176,7 +177,10 @@ class AsyncCache(Protocol):
         ...
 
     async def delete(self, key: str) -> bool:
-        """Remove the entry; answer whether there was a fresh one. A load of *key* in progress stores nothing."""
+        """Remove the entry; answer whether there was a fresh one. A load of *key* in progress stores nothing.
+
+        One whose tags were invalidated may count as fresh here.
+        """
         ...
 
     async def delete_many(self, keys: Iterable[str]) -> int:
@@ -232,7 +236,8 @@ class AsyncCache(Protocol):
             label: What errors, logs and task names call this load; None: the key.
             owner: Marks the entry, so that ``clear(owner=…)`` finds it.
             observer: Hears of this call too.
-            **changes: Options of ``Policy`` (``ttl``, ``stale_ttl``, ``tags``, …), for this call; None: as in *policy*.
+            **changes: Options of ``Policy`` (``ttl``, ``stale_ttl``, ``tags``, …), for this call, in place of the
+                policy's; None: as there.
 
         Returns:
             The value; a stale one where the policy allows it. The leader gets what *loader* returned; the others get

@@ -386,6 +386,10 @@ class Cache(AsyncCache):
         return self._view(self._scoped(scope))
 
     def _scoped(self, scope: Scope) -> KeySpace:
+        if callable(scope):
+            raise TypeError(
+                "scope must be a value or a ContextVar here; functions of arguments are for @acached(scope=…)"
+            )
         value, outer = argument_bytes(("scope",), (scope_of(scope),)), self._space.scope
         within = digest(outer.encode(), value) if outer else digest(value)
         return KeySpace(self._space.prefix, self._space.namespace, within)

@@ -7,12 +7,13 @@ What the loader decides is for this one entry: no policy is touched.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from contextvars import ContextVar
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from ._async_cache import MISSING, MissingType, Seconds
 from ._durations import seconds
-from ._tags import check_tag
+from ._tags import check_count, check_tag
 
 T = TypeVar("T")
 
@@ -27,15 +28,21 @@ class Tags(set[str]):
 
         Raises:
             TypeError: It is no text.
-            ValueError: It is empty, or longer than 1,024 characters.
+            ValueError: It is empty, or longer than 1,024 characters, or there are 1,000 already.
         """
         check_tag(tag)
+        check_count(len(self) + 1)
         super().add(tag)
 
     def update(self, *others: Iterable[str]) -> None:
         """Mark the entry with all tags of *others*; raises as ``add``."""
         for tag in (tag for other in others for tag in other):
             self.add(tag)
+
+    def __ior__(self, other: AbstractSet[str], /) -> Self:  # type: ignore[override,misc]  # of texts alone
+        """``update``, spelled ``|=``."""
+        self.update(other)
+        return self
 
 
 class Decided:
@@ -75,12 +82,18 @@ class Decided:
 
 
 class CurrentEntry:
-    """The entry that the running loader loads. See ``current_entry``."""
+    """The entry that the running loader loads. See ``current_entry``; raises as that does once the loader has ended."""
 
-    __slots__ = ("_decided",)
+    __slots__ = ("_of",)
 
     def __init__(self, decided: Decided) -> None:
-        self._decided = decided
+        self._of = decided
+
+    @property
+    def _decided(self) -> Decided:
+        if self._of.closed:
+            raise LookupError("the load of this entry has ended: nothing can be decided of it any more")
+        return self._of
 
     @property
     def tags(self) -> set[str]:
@@ -90,6 +103,11 @@ class CurrentEntry:
         Raises as ``Policy`` does for tags.
         """
         return self._decided.tags
+
+    @tags.setter
+    def tags(self, tags: AbstractSet[str]) -> None:
+        if tags is not self._decided.tags:  # which it is for ``|=``
+            raise AttributeError("tags can be added to, not replaced: entry.tags.update(...)")
 
     @property
     def ttl(self) -> float | None:
@@ -109,7 +127,10 @@ class CurrentEntry:
 
     @property
     def stale_value(self) -> Any | MissingType:
-        """A copy of what is stored now, stale or about to be; ``MISSING``: nothing usable is."""
+        """A copy of what is stored now; ``MISSING``: nothing usable is.
+
+        There is something where a stale entry may stand in (``stale_ttl``), and where a fresh one is refreshed.
+        """
         return MISSING if self._decided.read is None else self._decided.read()
 
     # Not Any: under mypy --strict a function that says what it returns may not return that.

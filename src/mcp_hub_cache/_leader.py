@@ -347,7 +347,7 @@ class Leader:
             number = given.total_seconds() if isinstance(given, timedelta) else given
             if isinstance(number, int | float) and number <= 0:
                 return None
-            ttl = seconds(given)
+            ttl = seconds(given, "what the function for the ttl returns")
         return Life(ttl, rules.stale_ttl, min(rules.jitter, ttl / 2))
 
     async def _late_marks(self, trip: Trip) -> tuple[Mark, ...] | None:

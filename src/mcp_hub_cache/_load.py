@@ -22,7 +22,7 @@ from typing import Any, Final
 from ._async_cache import Loader
 from ._codec import FAILURE, DecodeError, decode, is_immutable
 from ._engine import Engine, Session
-from ._exceptions import CircularLoadError, StoreError
+from ._exceptions import CircularLoadError, LoadTimeoutError, StoreError
 from ._flight import PENDING, Flight
 from ._frame import TOKEN
 from ._freshness import lead
@@ -245,7 +245,8 @@ class Loads:
         except Exception as error:
             failures = plan.rules.failures
             spare = spare or self._spare_of(flight, plan)
-            is_answer = failures is not None and failures.ttl_of(error) is not None
+            # A timeout of the load is none of its answers, whatever ``TimeoutError`` is said to be.
+            is_answer = not isinstance(error, LoadTimeoutError) and failures is not None and failures.ttl_of(error)
             if is_answer or plan.refresh or spare is None or flight.cargo.spare is None:
                 raise
         assert spare is not None

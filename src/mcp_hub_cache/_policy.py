@@ -38,26 +38,27 @@ class Policy:
 
     Args:
         ttl: How long a result stays fresh, more than 0; a function that gives it for a result (0 or less: the result
-            is not stored); None: the cache's default; ``FOREVER``: no end.
+            is not stored; ``set`` raises); None: the cache's default; ``FOREVER``: no end.
         jitter: Up to so much is taken off each entry's ttl by chance, so that what was stored together does not expire
-            together; less than *ttl*.
+            together; less than *ttl*. Where the ttl is decided for each result, at most half of that.
         stale_ttl: How much longer it may stand in where a load fails (fail-safe) or is slow (*soft_timeout*); 0: not at
             all. ``get`` never returns it.
-        throttle: After a failed load, stale entries stand in for so long before the next try, in the whole fleet;
-            None: 30 seconds.
+        throttle: After a load of its that failed, what is stale stands in for so long before anybody's next try, in
+            the whole fleet; 0: the next call tries; None: 30 seconds.
         soft_timeout: With something stale at hand, wait only so long for the load, then serve what is stale while
             the load goes on in the background. 0: serve it at once (stale-while-revalidate). None: wait.
         timeout: A loader that takes longer is cancelled, and who waits gets ``LoadTimeoutError``, or what is stale.
-            None: no bound.
+            Of callers who share a load, the leader's holds. None: no bound.
         early: Refresh in the background ahead of expiry, at random, the sooner the longer loading takes: the beta of
             XFetch (Vattani and others, VLDB 2015), 0 to 100. 1 is a good value; 0: never.
-        cache_if: Called with a result; false: it is returned, not stored.
+        cache_if: Called with a loader's result; false: it is returned, not stored. ``set`` does not ask.
         cache_errors: Exceptions that are answers, and how long each is cached: ``{NotFound: "30s"}``. Raised again,
-            rebuilt from class, args and attributes, without traceback and cause.
-        tags: Marks for ``invalidate``.
+            rebuilt from class, args and attributes, without traceback and cause. Fail-safe does not hide them, and
+            ``get`` does not see them.
+        tags: Marks for ``invalidate``, each of 1 to 1,024 characters.
         coalesce: "process": one load per key in a process. "fleet": one in all processes that share the store; the
             others wait for its result. None: as the cache is set.
-        wait_timeout: How long to wait for another process's load; None: 30 seconds.
+        wait_timeout: How long to wait for other processes' loads, in a fleet; None: 30 seconds.
         on_wait_timeout: Then "load" themselves, serve what is "stale" if there is something and else load, or raise
             "error", a ``LoadTimeoutError``. None: load.
 
@@ -143,7 +144,7 @@ class Policy:
             )
 
     def replace(self, **changes: Any) -> Self:
-        """Return a policy that differs from this one in *changes*, checked as a whole."""
+        """Return a policy that differs from this one in *changes*, checked as a whole. None: the option's default."""
         return replace(self, **changes)
 
 

@@ -130,6 +130,7 @@ class Rulebook:
 def _life_of(rules: Rules) -> Callable[[object], Life]:
     ttl = rules.ttl
     if callable(ttl):
-        return lambda value: Life(given := seconds(ttl(value)), rules.stale_ttl, min(rules.jitter, given / 2))
+        what = "what the function for the ttl returns"
+        return lambda value: Life(given := seconds(ttl(value), what), rules.stale_ttl, min(rules.jitter, given / 2))
     life = Life(ttl, rules.stale_ttl, rules.jitter)
     return lambda _: life

@@ -8,6 +8,7 @@ from typing import Final
 from ._blake import blake2b
 
 MAX_TAG: Final = 1024
+MAX_TAGS: Final = 1000
 
 
 def as_tags(given: object) -> tuple[str, ...]:
@@ -15,14 +16,21 @@ def as_tags(given: object) -> tuple[str, ...]:
 
     Raises:
         TypeError: It is one text, or holds something that is no text.
-        ValueError: A tag is empty, or longer than 1,024 characters.
+        ValueError: A tag is empty, or longer than 1,024 characters, or there are more than 1,000.
     """
     if isinstance(given, str | bytes) or not isinstance(given, Iterable):
         raise TypeError(f'tags must be several texts, such as tags=["user:42"], not {type(given).__name__}')
     tags = tuple(given)
     for tag in tags:
         check_tag(tag)
+    check_count(len(tags))
     return tuple(dict.fromkeys(tags))
+
+
+def check_count(count: int) -> None:
+    """Raise ``ValueError`` for more tags than an entry, or an invalidation, may have."""
+    if count > MAX_TAGS:
+        raise ValueError(f"at most {MAX_TAGS:,} tags, not {count:,}: tag what changes together, not each thing in it")
 
 
 def check_tag(tag: object) -> None:
