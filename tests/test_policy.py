@@ -233,7 +233,7 @@ async def test_fleet_needs_leases() -> None:
     async def load() -> int:
         return 1
 
-    text = 'coalesce="fleet" needs a store with leases, which memory has not: leave it out, or use Redis or files'
+    text = 'coalesce="fleet" needs a store with leases, which memory has not: use Redis or files'
     store = FaultyStore(MemoryStore())  # passes on what every store has, and no more
     async with Cache(store) as cache:
         with pytest.raises(ValueError, match=text):
