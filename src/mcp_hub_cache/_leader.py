@@ -9,8 +9,9 @@ Rules:
   Facebook's memcache lease (NSDI 2013), with a random token.
 - A load whose lookup failed does not try to begin, and one that could not begin stores nothing: one deadline, not
   three.
-- A stale entry keeps its token while it is refreshed. Who may refresh it is decided by a lease beside it (``_leases``);
-  where that says that the next try rests, or that another refreshes in the background already, there is nothing to do.
+- An entry keeps its token while it is loaded anew. Who may do so is decided by a lease beside it (``_leases``); where
+  that says that the next try rests, or what was to go on in the background is done by another already, there is nothing
+  to do.
 - Nothing of what a loader decides (``current_entry``) outlives its load.
 """
 
@@ -32,8 +33,8 @@ from ._durations import seconds
 from ._engine import Engine, Hit, Takes
 from ._exceptions import LoadTimeoutError, UncacheableError, ValueTooLargeError
 from ._flight import Flight
-from ._frame import Frame, Mark, unpack
-from ._leases import OVER, beside, is_rival, rest_of
+from ._frame import Frame, Kind, Mark, unpack
+from ._leases import OVER, beside, kind_of, rest_of
 from ._marks import OWNED
 from ._policy import Rules
 from ._protocols import Begun, Held, Observer, Outcome
@@ -165,8 +166,8 @@ class Leader:
     """
 
     __slots__ = (
-        "_any", "_decided", "_engine", "_held", "_key", "_loader", "_over", "_plan", "_reachable", "_root", "_session",
-        "_stored", "_taken", "_writes",
+        "_any", "_decided", "_engine", "_held", "_key", "_loader", "_passes", "_plan", "_reachable", "_rest_for",
+        "_root", "_session", "_stored", "_taken", "_writes",
     )  # fmt: skip
 
     def __init__(
@@ -181,7 +182,8 @@ class Leader:
         self._plan = plan
         self._reachable = reachable
         self._held: dict[bytes, Held] = {}
-        self._over: dict[bytes, float] = {}  # placeholders that are to say that there is no value, and how long
+        self._rest_for = 0.0  # seconds that the lease beside the entry is to say that the next try rests
+        self._passes = False  # what it holds is to say that there is no value
         self._any: bytes | None = None  # the mark of any invalidation
         self._taken: Frame | None = None  # what is stored now, for the loader to look at
         self._stored = False
@@ -201,10 +203,15 @@ class Leader:
             flight.begun = True
             value, cost = await self._call(flight, trip)
             return await self._land(flight, trip, value, cost)
+        except Exception:
+            self._passes = self._plan.rules.fleet
+            raise
         finally:
             for at, held in self._held.items():
-                stored = self._stored and at is self._key
-                self._session.placeholders.end(held, stored=stored, over=0.0 if stored else self._over.get(at, 0.0))
+                own = at is self._key
+                rest = 0.0 if own else self._rest_for
+                over = OVER if self._passes and not rest else rest
+                self._session.placeholders.end(held, stored=self._stored and own, over=over, rest=rest)
 
     # Beginning
 
@@ -262,11 +269,15 @@ class Leader:
         held = session.placeholders.hold(key, begun)
         if held is not None:
             self._held[key] = held
-        elif begun.frame is not None and (found := await self._look(trip, begun.frame)) is not None:
+            return None
+        if begun.frame is not None and (found := await self._look(trip, begun.frame)) is not None:
             return found
-        if (trip.spare is not None or trip.ahead) and not plan.refresh:
-            return await self._ask_beside(trip)
-        return _Rival(key, begun.fence.token) if held is None and is_rival(begun) else None
+        kind = kind_of(begun)
+        if kind == Kind.PLACEHOLDER:
+            return self._rival(trip, key, begun)
+        if plan.refresh or kind == Kind.OVER or not (plan.rules.fleet or trip.spare is not None or trip.ahead):
+            return None
+        return await self._ask_beside(trip)
 
     async def _look(self, trip: Trip, data: bytes) -> Landed | None:
         """Look at what stands there already: it may be what is wanted, or something to stand in."""
@@ -286,7 +297,7 @@ class Leader:
         return None
 
     async def _ask_beside(self, trip: Trip) -> _Rival | None:
-        """Take the lease on refreshing what stands; who has it, if it is another."""
+        """Take the lease on loading anew what stands; who has it, if it is another."""
         session, at = self._session, beside(self._root, self._key)
         begun = await session.placeholders.begin(at)
         if begun is None:
@@ -295,14 +306,18 @@ class Leader:
         if held is not None:
             self._held[at] = held
             return None
-        if rest := rest_of(begun, self._engine.store.now()):
+        rest = rest_of(begun, self._engine.store.now())
+        if rest and (trip.spare is not None or trip.ahead):
             session.rests.note(self._key, rest)
             raise NothingToDoError
-        if not is_rival(begun):
-            return None
+        return self._rival(trip, at, begun)
+
+    @staticmethod
+    def _rival(trip: Trip, key: bytes, begun: Begun) -> _Rival | None:
+        """Who loads, if it is somebody else who has not ended yet."""
         if trip.behind:
             raise NothingToDoError
-        return _Rival(at, begun.fence.token)
+        return _Rival(key, begun.fence.token) if kind_of(begun) == Kind.PLACEHOLDER else None
 
     # Calling
 
@@ -380,16 +395,11 @@ class Leader:
 
     def _rest(self, trip: Trip) -> None:
         """Nobody need wait for what has failed, or try again at once where something stale stands in."""
-        throttle, at = self._plan.rules.throttle, beside(self._root, self._key)
+        throttle = self._plan.rules.throttle
         if trip.spare is not None and throttle:
             self._session.rests.note(self._key, throttle)
-            self._over[at] = throttle
-        self._pass()
-
-    def _pass(self) -> None:
-        """Let the fleet know that there is no value, and none is coming."""
-        if self._plan.rules.fleet:
-            self._over[self._key] = OVER
+            self._rest_for = throttle
+        self._passes = self._plan.rules.fleet
 
     # Storing
 
@@ -406,7 +416,7 @@ class Leader:
             if marks is not None and not flight.detached:
                 outcome = await self._store(trip, value, codec, payload, life, cost, marks)
         if outcome != "done":
-            self._pass()
+            self._passes = plan.rules.fleet
         if plan.refresh and outcome not in {"done", "refused"} and not flight.detached:
             await self._writes.withdraw(self._session, self._key)
         return Landed(value, codec, payload, plan.classes, cost, doubtful)

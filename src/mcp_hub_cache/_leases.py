@@ -1,10 +1,10 @@
 """Leases of a fleet: who loads, who waits for whom, and how long nobody need try again.
 
 Strategy: whoever begins a load plants a placeholder (``_placeholders``): under the entry's own key where there is no
-entry, which is at once the fence; under a key beside it (kind letter r) where a stale entry stands, which keeps its
-token. Others find it there. A load that ends without a value leaves a frame that says so (``Kind.OVER``) in place of
-its placeholder: under the entry's key, that nobody need queue for what is not going to be stored; beside it, that the
-next try rests for a while (fail-safe's throttle).
+entry, which is at once the fence; under a key beside it (kind letter r) where an entry stands, be it stale or of no
+use, which keeps its token. Others find it there. A load that ends without a value leaves a frame that says so
+(``Kind.OVER``) in place of its placeholder: that nobody need queue for what is not going to be stored; beside the
+entry also, as long as that frame is fresh, that the next try rests (fail-safe's throttle).
 
 Rules:
 - A lease limits work and decides nothing: whether a result is stored is decided by the entry's token alone.
@@ -28,7 +28,7 @@ _POLL: Final = 1.0  # seconds between looks where changes are told
 _FIRST_LOOK: Final = 0.01  # where none are: the first pause, its growth, the longest
 _LOOKS: Final = 1.5
 _LONGEST_LOOK: Final = 0.25
-OVER: Final = 1.0  # seconds that "there is no value" is said under an entry's key
+OVER: Final = 1.0  # seconds that "there is no value" is said
 _MOST_RESTING: Final = 10_000
 
 
@@ -37,16 +37,16 @@ def beside(root: bytes, key: bytes) -> bytes:
     return root + b"r:" + key[len(root) :]
 
 
-def is_rival(begun: Begun) -> bool:
-    """Whether what was found is a placeholder; the caller knows that it is not its own."""
+def kind_of(begun: Begun) -> int | None:
+    """The kind of what was found (``Kind``); None: nothing, or nothing that can be read."""
     head = None if begun.frame is None else peek(begun.frame)
-    return head is not None and head.kind == Kind.PLACEHOLDER
+    return None if head is None else head.kind
 
 
 def rest_of(begun: Begun, now: float) -> float:
-    """Seconds for which the frame that was found says that nobody need try again; 0: it does not."""
+    """Seconds for which the frame that was found says that the next try rests; 0: it does not."""
     head = None if begun.frame is None else peek(begun.frame)
-    return 0.0 if head is None or head.kind != Kind.OVER else max(0.0, head.keep_until - now)
+    return 0.0 if head is None or head.kind != Kind.OVER else max(0.0, head.fresh_until - now)
 
 
 class Rests:

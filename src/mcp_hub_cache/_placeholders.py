@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from ._direct import Direct
 from ._exceptions import StoreError
-from ._frame import Kind, frame_of_kind
+from ._frame import Kind, pack
 from ._lines import Lines
 from ._protocols import Begun, Held, Leases, Store, Write
 from ._tokens import new_token
@@ -74,17 +74,27 @@ class Placeholders:
             self._renewer = asyncio.create_task(self._renew_all(), name="mcp-hub-cache placeholders")
         return held
 
-    def end(self, held: Held, *, stored: bool, over: float = 0.0) -> None:
+    def end(self, held: Held, *, stored: bool, over: float = 0.0, rest: float = 0.0) -> None:
         """Stop keeping *held* alive; where nothing was stored in its place, remove it.
 
-        *over*: say in its place, for so many seconds, that there is no value.
+        *over*: say in its place, for so many seconds, that there is no value; for *rest* of them, that nobody need try
+        again.
         """
         key = held.key
         if self._held.get(key) is not held:
             return
         del self._held[key]
         if over and not stored:
-            frame = frame_of_kind(Kind.OVER, key, new_token(), self._store.now(), over)
+            now = self._store.now()
+            frame = pack(
+                key,
+                b"",
+                kind=Kind.OVER,
+                token=new_token(),
+                created=now,
+                fresh_until=now + rest,
+                keep_until=now + over,
+            )
             self._lines.write(self._write, key, Write(key, frame, over, held.fence)).add_done_callback(heed)
         elif not stored and self._leases is not None:
             self._lines.write(self._release, key, held).add_done_callback(heed)
