@@ -9,8 +9,9 @@ Rules:
   Facebook's memcache lease (NSDI 2013), with a random token.
 - A load whose lookup failed does not try to begin, and one that could not begin stores nothing: one deadline, not
   three.
-- A stale entry keeps its token while it is refreshed. Who may refresh it is decided by a lease beside it (``_leases``);
-  where that says that the next try rests, or that another refreshes in the background already, there is nothing to do.
+- An entry keeps its token while it is loaded anew. Who may do so is decided by a lease beside it (``_leases``); where
+  that says that the next try rests, or what was to go on in the background is done by another already, there is nothing
+  to do.
 - Nothing of what a loader decides (``current_entry``) outlives its load.
 """
 
@@ -29,12 +30,12 @@ from ._durations import seconds
 from ._engine import Engine
 from ._exceptions import LoadTimeoutError, UncacheableError, ValueTooLargeError
 from ._flight import Flight
-from ._frame import Frame, Mark, unpack
-from ._freshness import Life
-from ._leases import OVER, beside, is_rival, rest_of
+from ._frame import Frame, Kind, Mark, unpack
+from ._freshness import Life, is_fresh
+from ._leases import OVER, beside, head_of
 from ._marks import OWNED
 from ._placeholders import Over
-from ._protocols import Held, Outcome, Write
+from ._protocols import Begun, Held, Outcome, Write
 from ._reads import Reads
 from ._tags import ANY_DIGEST, tag_digest
 from ._tokens import new_token
@@ -63,8 +64,8 @@ class Leader:
     """
 
     __slots__ = (
-        "_any", "_decided", "_engine", "_held", "_key", "_loader", "_over", "_plan", "_reachable", "_reads", "_root",
-        "_session", "_stored", "_taken", "_writes",
+        "_any", "_decided", "_engine", "_held", "_key", "_loader", "_passes", "_plan", "_reachable", "_reads",
+        "_rest_for", "_root", "_session", "_stored", "_taken", "_writes",
     )  # fmt: skip
 
     def __init__(  # noqa: PLR0917  # its tools, and what it is to do
@@ -88,7 +89,8 @@ class Leader:
         self._plan = plan
         self._reachable = reachable
         self._held: dict[bytes, Held] = {}
-        self._over: dict[bytes, Over] = {}  # what is to be left in place of placeholders
+        self._rest_for = 0.0  # seconds that the lease beside the entry is to say that the next try rests
+        self._passes = False  # what it holds is to say that there is no value
         self._any: bytes | None = None  # the mark of any invalidation
         self._taken: Frame | None = None  # what is stored now, for the loader to look at
         self._stored = False
@@ -120,10 +122,18 @@ class Leader:
             flight.begun = True
             value, cost = await self._call(flight, trip)
             return await self._land(flight, trip, value, cost)
+        except Exception:
+            self._passes = self._plan.rules.fleet
+            raise
         finally:
             for at, held in self._held.items():
-                stored = self._stored and at is self._key
-                self._session.placeholders.end(held, stored=stored, over=self._over.get(at))
+                self._session.placeholders.end(held, stored=self._stored and at is self._key, over=self._left(trip, at))
+
+    def _left(self, trip: Trip, at: bytes) -> Over | None:
+        """What to leave in place of the placeholder at *at*, if nothing is stored there."""
+        if self._rest_for and at is not self._key and trip.seen is not None:
+            return Over(self._rest_for, trip.seen, rests=True)
+        return Over(OVER, new_token(), rests=False) if self._passes else None
 
     # Beginning
 
@@ -175,11 +185,16 @@ class Leader:
         held = session.placeholders.hold(key, begun)
         if held is not None:
             self._held[key] = held
-        elif begun.frame is not None and (found := await self._look(trip, begun.frame)) is not None:
+            return None
+        if begun.frame is not None and (found := await self._look(trip, begun.frame)) is not None:
             return found
-        if (trip.spare is not None or trip.ahead) and not plan.refresh:
-            return await self._ask_beside(trip)
-        return _Rival(key, begun.fence.token) if held is None and is_rival(begun) else None
+        head = head_of(begun)
+        kind = None if head is None else head.kind
+        if kind == Kind.PLACEHOLDER:
+            return self._rival(trip, key, begun)
+        if plan.refresh or kind == Kind.OVER or not (plan.rules.fleet or trip.spare is not None or trip.ahead):
+            return None
+        return await self._ask_beside(trip)
 
     async def _look(self, trip: Trip, data: bytes) -> Landed | None:
         """Look at what stands there already: it may be what is wanted, or something to stand in."""
@@ -199,25 +214,33 @@ class Leader:
         return None
 
     async def _ask_beside(self, trip: Trip) -> _Rival | None:
-        """Take the lease on refreshing what stands; who has it, if it is another."""
+        """Take the lease on loading anew what stands; who has it, if it is another."""
         session, at = self._session, beside(self._root, self._key)
         begun = await session.placeholders.begin(at)
-        if begun is not None and (rest := rest_of(begun, trip.seen, self._engine.store.now())) is not None:
-            if rest and trip.seen is not None:
-                session.rests.note(self._key, trip.seen, rest)
+        head = None if begun is None else head_of(begun)
+        if begun is not None and head is not None and head.kind == Kind.OVER:
+            now = self._engine.store.now()
+            if not head.fresh_until:  # a load has just ended without a value: there is no line to stand in
+                return self._rival(trip, at, begun)
+            if is_fresh(head, now) and head.token == trip.seen and (trip.spare is not None or trip.ahead):
+                session.rests.note(self._key, head.token, head.fresh_until - now)
                 raise NothingToDoError
-            begun = await session.placeholders.begin_over(at, begun)
+            begun = await session.placeholders.begin_over(at, begun)  # it is over, or speaks of another entry
         if begun is None:
             return None
         held = session.placeholders.hold(at, begun)
         if held is not None:
             self._held[at] = held
             return None
-        if not is_rival(begun):
-            return None
+        return self._rival(trip, at, begun)
+
+    @staticmethod
+    def _rival(trip: Trip, key: bytes, begun: Begun) -> _Rival | None:
+        """Who loads, if it is somebody else who has not ended yet."""
         if trip.behind:
             raise NothingToDoError
-        return _Rival(at, begun.fence.token)
+        head = head_of(begun)
+        return _Rival(key, begun.fence.token) if head is not None and head.kind == Kind.PLACEHOLDER else None
 
     # Calling
 
@@ -297,13 +320,8 @@ class Leader:
         throttle = self._plan.rules.throttle
         if trip.seen is not None and throttle and (trip.spare is not None or trip.ahead):
             self._session.rests.note(self._key, trip.seen, throttle)
-            self._over[beside(self._root, self._key)] = Over(throttle, trip.seen)
-        self._pass()
-
-    def _pass(self) -> None:
-        """Let the fleet know that there is no value, and none is coming."""
-        if self._plan.rules.fleet:
-            self._over[self._key] = Over(OVER, new_token())
+            self._rest_for = throttle
+        self._passes = self._plan.rules.fleet
 
     # Storing
 
@@ -328,7 +346,7 @@ class Leader:
                     )
                 self._stored = outcome == "done"
         if not self._stored:
-            self._pass()
+            self._passes = plan.rules.fleet
             if plan.refresh and outcome != "refused" and not flight.detached:
                 await self._writes.withdraw(self._session, self._key)
         return Landed(value, codec, payload, plan.classes, cost, doubtful)

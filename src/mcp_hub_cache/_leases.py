@@ -1,11 +1,11 @@
 """Leases of a fleet: who loads, who waits for whom, and how long nobody need try again.
 
 Strategy: whoever begins a load plants a placeholder (``_placeholders``): under the entry's own key where there is no
-entry, which is at once the fence; under a key beside it (kind letter r) where a stale entry stands, which keeps its
-token. Others find it there. A load that ends without a value leaves a frame that says so (``Kind.OVER``) in place of
-its placeholder: under the entry's key, that nobody need queue for what is not going to be stored; beside it, that the
-next try rests for a while (fail-safe's throttle). There it bears the token of the entry that was to be refreshed, and
-says nothing of one that has taken its place.
+entry, which is at once the fence; under a key beside it (kind letter r) where an entry stands, be it stale or of no
+use, which keeps its token. Others find it there. A load that ends without a value leaves a frame that says so
+(``Kind.OVER``) in place of its placeholder: that nobody need queue for what is not going to be stored; beside the
+entry also, as long as that frame is fresh, that the next try rests (fail-safe's throttle). It then bears the token of
+the entry that was to be refreshed, and says nothing of one that has taken its place.
 
 Rules:
 - A lease limits work and decides nothing: whether a result is stored is decided by the entry's token alone.
@@ -22,8 +22,7 @@ from typing import Any, Final
 
 from ._direct import Direct
 from ._exceptions import StoreError
-from ._frame import TOKEN, Kind, peek
-from ._freshness import is_fresh
+from ._frame import TOKEN, Head, peek
 from ._lines import Lines
 from ._protocols import Begun, Coherent, Store
 
@@ -31,7 +30,7 @@ _POLL: Final = 1.0  # seconds between looks where changes are told
 _FIRST_LOOK: Final = 0.01  # where none are: the first pause, its growth, the longest
 _LOOKS: Final = 1.5
 _LONGEST_LOOK: Final = 0.25
-OVER: Final = 1.0  # seconds that "there is no value" is said under an entry's key
+OVER: Final = 1.0  # seconds that "there is no value" is said
 _MOST_RESTING: Final = 10_000
 
 
@@ -40,21 +39,9 @@ def beside(root: bytes, key: bytes) -> bytes:
     return root + b"r:" + key[len(root) :]
 
 
-def is_rival(begun: Begun) -> bool:
-    """Whether what was found is a placeholder; the caller knows that it is not its own."""
-    head = None if begun.frame is None else peek(begun.frame)
-    return head is not None and head.kind == Kind.PLACEHOLDER
-
-
-def rest_of(begun: Begun, token: bytes | None, now: float) -> float | None:
-    """Seconds for which the frame that was found says that nobody need try again to refresh the entry with *token*.
-
-    0: it says so of another entry, or did; None: it is no such frame.
-    """
-    head = None if begun.frame is None else peek(begun.frame)
-    if head is None or head.kind != Kind.OVER:
-        return None
-    return head.keep_until - now if head.token == token and is_fresh(head, now) else 0.0
+def head_of(begun: Begun) -> Head | None:
+    """The head of what was found; None: nothing, or nothing that can be read."""
+    return None if begun.frame is None else peek(begun.frame)
 
 
 class Rests:
