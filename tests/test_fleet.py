@@ -344,7 +344,7 @@ async def test_who_waits_only_so_long_gets_what_is_stale(fleet: Fleet) -> None:
     await make_stale(caches[0])
     asked = [cache.get_or_load("k", source, policy=how) for cache in caches]
     assert await asyncio.gather(*asked) == [[0]] * 3
-    assert source.calls == 1
+    await source.called()
     source.go.set()
     for cache in caches:
         await poll(lambda cache=cache: is_now(cache, "k", [1]))  # type: ignore[misc]

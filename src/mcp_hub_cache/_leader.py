@@ -154,7 +154,8 @@ class Leader:
                 return found
             rival = found
         self._give_up(trip)
-        return None
+        found = await self._ask(trip, alone=True)
+        return None if isinstance(found, _Rival) else found
 
     def _give_up(self, trip: Trip) -> None:
         """Do what the policy says where another's load takes too long; return to load all the same."""
@@ -168,33 +169,48 @@ class Leader:
                 'its wait_timeout. Raise that, or let on_wait_timeout be "load".'
             )
 
-    async def _ask(self, trip: Trip) -> Landed | _Rival | None:
-        """Begin at the store; what stands in the way of loading, if something does."""
-        session, key, plan = self._session, self._key, self._plan
+    async def _ask(self, trip: Trip, *, alone: bool = False) -> Landed | _Rival | None:
+        """Begin at the store; what stands in the way of loading, if something does. *alone*: with no lease."""
+        plan = self._plan
+        alone = alone or plan.refresh
+        while True:
+            leased = trip.spare is not None or trip.ahead or trip.shared
+            if leased and not alone:
+                # Before the entry is looked at: who looks first may have the lease when another has just ended, and
+                # take what that one has replaced for what there is.
+                alone = True
+                rival = await self._ask_beside(trip)
+                if rival is not None and plan.rules.fleet:
+                    return rival
+            begun = await self._plant(trip)
+            if begun is None or self._key in self._held:
+                return None
+            if begun.frame is not None and (found := await self._look(trip, begun.frame)) is not None:
+                return found
+            head = head_of(begun)
+            kind = None if head is None else head.kind
+            if kind == Kind.PLACEHOLDER:
+                return self._rival(trip, self._key, begun)
+            # An entry of no use stands there.
+            trip.shared = plan.rules.fleet
+            if alone or kind == Kind.OVER or not (trip.shared or trip.spare is not None):
+                return None
+
+    async def _plant(self, trip: Trip) -> Begun | None:
+        """Plant the placeholder, where nothing stands yet."""
+        session, key = self._session, self._key
         # What this process plants moves the counter itself. Where nothing can come in between, that is no change;
         # elsewhere whoever joins first has to look.
         if session.is_direct:
-            trip.begun = begun = await session.placeholders.begin(key)
+            trip.begun = await session.placeholders.begin(key)
             trip.part = self._engine.part(key)
         else:
             part = self._engine.part(key)
-            trip.begun = begun = await session.placeholders.begin(key)
+            trip.begun = await session.placeholders.begin(key)
             trip.part = part
-        if begun is None:
-            return None
-        held = session.placeholders.hold(key, begun)
-        if held is not None:
+        if trip.begun is not None and (held := session.placeholders.hold(key, trip.begun)) is not None:
             self._held[key] = held
-            return None
-        if begun.frame is not None and (found := await self._look(trip, begun.frame)) is not None:
-            return found
-        head = head_of(begun)
-        kind = None if head is None else head.kind
-        if kind == Kind.PLACEHOLDER:
-            return self._rival(trip, key, begun)
-        if plan.refresh or kind == Kind.OVER or not (plan.rules.fleet or trip.spare is not None or trip.ahead):
-            return None
-        return await self._ask_beside(trip)
+        return trip.begun
 
     async def _look(self, trip: Trip, data: bytes) -> Landed | None:
         """Look at what stands there already: it may be what is wanted, or something to stand in."""

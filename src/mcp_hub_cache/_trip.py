@@ -52,6 +52,7 @@ class Trip:
         seen: The token of what was found; the flight is to replace that very entry.
         ahead: There is something fresh: who asks for it need not wait.
         behind: Nobody waits for it: it goes on in the background from the start.
+        shared: An entry of no use stands there: a fleet is to load it once, all the same.
         tags: The entry's, as far as they are known before the load.
         digests: Of these.
         begun: What was found at the beginning; None: not begun yet, or not to be had.
@@ -61,7 +62,7 @@ class Trip:
     """
 
     __slots__ = (
-        "ahead", "begun", "behind", "digests", "look", "marks", "part", "seen", "spare", "tags"
+        "ahead", "begun", "behind", "digests", "look", "marks", "part", "seen", "shared", "spare", "tags"
     )  # fmt: skip
 
     def __init__(
@@ -77,6 +78,7 @@ class Trip:
         self.seen = seen
         self.ahead = ahead
         self.behind = behind
+        self.shared = False
         self.tags = tags
         self.digests = tuple(map(tag_digest, tags)) if tags else ()
         self.begun: Begun | None = None
