@@ -289,8 +289,8 @@ class AsyncCache(Protocol):
     def with_scope(self, scope: Scope) -> AsyncCache:
         """Return this cache for one tenant, user or agent run: the same store, lines and bounds, keys of its own.
 
-        Its ``keys`` and ``clear`` know no others' entries. ``clear`` of the whole cache clears every scope's; tags are
-        the namespace's.
+        Its ``keys`` and ``clear`` know no others' entries, those of scopes within it neither. ``clear`` of the whole
+        cache clears every scope's; tags are the namespace's. A scope of a scoped cache lies within its scope.
 
         Raises:
             LookupError: *scope* is a context variable that is not set.
@@ -299,7 +299,7 @@ class AsyncCache(Protocol):
         ...
 
     def with_namespace(self, namespace: str) -> AsyncCache:
-        """Return this cache under another namespace: the same store, lines and bounds, other keys."""
+        """Return this cache under another namespace: the same store, lines, bounds and scope, other keys."""
         ...
 
     async def health_check(self) -> bool:

@@ -394,7 +394,7 @@ class Cache(AsyncCache):
             return await self._upkeep.clear_owned(self._entries(prefix), _owner(owner))
         entries = self._entries(prefix)
         # Without a prefix the whole namespace goes, with what is damaged and bears no name any more.
-        return await self._upkeep.clear(entries if prefix or self._space.scoped else self._space.root)
+        return await self._upkeep.clear(entries if prefix or self._space.scope else self._space.root)
 
     def _entries(self, prefix: str) -> bytes:
         if not isinstance(prefix, str):
@@ -402,14 +402,15 @@ class Cache(AsyncCache):
         return self._space.entry(prefix, self._max_key_length) if prefix else self._space.entries
 
     def with_namespace(self, namespace: str) -> Cache:
-        return self._view(KeySpace(self._space.prefix, namespace))
+        return self._view(KeySpace(self._space.prefix, namespace, self._space.scope))
 
     def with_scope(self, scope: Scope) -> Cache:
         return self._view(self._scoped(scope))
 
     def _scoped(self, scope: Scope) -> KeySpace:
-        value = scope_of(scope)
-        return KeySpace(self._space.prefix, self._space.namespace, digest(argument_bytes(("scope",), (value,))))
+        outer, value = self._space.scope, argument_bytes(("scope",), (scope_of(scope),))
+        parts = (outer.encode(), value) if outer else (value,)  # a run of one tenant is not that of another
+        return KeySpace(self._space.prefix, self._space.namespace, digest(*parts))
 
     def _view(self, space: KeySpace) -> Cache:
         view = copy.copy(self)

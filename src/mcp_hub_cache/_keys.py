@@ -71,13 +71,13 @@ class KeySpace:
     Attributes:
         root: Everything of this namespace starts with it.
         entries: All entries start with it; of this scope, where there is one.
-        scoped: Whether there is a scope.
+        scope: As given.
 
     Raises:
         ValueError: Prefix or namespace is not as above.
     """
 
-    __slots__ = ("entries", "namespace", "prefix", "root", "scoped")
+    __slots__ = ("entries", "namespace", "prefix", "root", "scope")
 
     def __init__(self, prefix: str = "mcp_hub:", namespace: str = "default", scope: str = "") -> None:
         for part in (prefix, namespace):
@@ -93,7 +93,7 @@ class KeySpace:
         self.namespace = namespace
         self.root = f"{prefix}{namespace}:".encode("ascii")
         self.entries = self.root + (b"s:%s:" % scope.encode("ascii") if scope else b"e:")
-        self.scoped = bool(scope)
+        self.scope = scope
 
     def __repr__(self) -> str:
         """How to make it again."""
