@@ -6,6 +6,7 @@ What takes real processes, killed, stopped and slow, is in ``test_fleet_processe
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -795,3 +796,31 @@ def test_a_store_without_leases_refuses_it() -> None:
     cache = Cache(store)
     with pytest.raises(ValueError, match=refused):
         cache.rules(Policy(coalesce="fleet"))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with 3.12")
+async def test_it_is_the_same_under_eager_tasks(fleet: Fleet) -> None:
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined, unused-ignore]  # not on 3.11
+    try:
+        caches, source = fleet.several(3), Source()
+        tasks = [start(cache.get_or_load("k", source, **FLEET)) for cache in caches for _ in range(50)]
+        await fleet.waiting(2)
+        source.go.set()
+        assert await asyncio.gather(*tasks) == [[1]] * 150
+        await make_stale(caches[0], "l")
+        source.go.clear()
+        how = STALE.replace(ttl="1h")
+        tasks = [start(cache.get_or_load("l", source, policy=how)) for cache in caches for _ in range(50)]
+        await fleet.waiting(4)
+        source.go.set()
+        assert await asyncio.gather(*tasks) == [[2]] * 150
+        for cache in caches:
+            assert await cache.get_or_load("at once", answer, **FLEET) == 1
+        assert source.calls == 2
+    finally:
+        loop.set_task_factory(None)
+
+
+async def answer() -> int:
+    return 1

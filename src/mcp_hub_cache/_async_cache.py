@@ -294,8 +294,9 @@ class AsyncCache(Protocol):
     def with_scope(self, scope: Scope) -> AsyncCache:
         """Return this cache for one tenant, user or agent run: the same store, lines and bounds, keys of its own.
 
-        Its ``keys`` and ``clear`` know no others' entries. ``clear`` of the whole cache clears every scope's; tags are
-        the namespace's. A scope of a scoped cache lies within that one's, in whichever namespace.
+        Its ``keys`` and ``clear`` know no others' entries, those of scopes within it neither. ``clear`` of the whole
+        cache clears every scope's; tags are the namespace's. A scope of a scoped cache lies within that one's, in
+        whichever namespace.
 
         Raises:
             LookupError: *scope* is a context variable that is not set.

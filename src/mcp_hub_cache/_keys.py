@@ -71,7 +71,7 @@ class KeySpace:
     Attributes:
         root: Everything of this namespace starts with it.
         entries: All entries start with it; of this scope, where there is one.
-        scope: The same.
+        scope: As given.
 
     Raises:
         ValueError: Prefix or namespace is not as above.
