@@ -26,6 +26,7 @@ LAYERS = [
     {"_cache"},
     {"_identity", "_load", "_upkeep"},
     {"_leader"},
+    {"_turn"},
     {"_trip"},
     {"_shortcut", "_writes"},
     {"_reads"},

@@ -1,18 +1,12 @@
 """The leader's side of a load: what the one flight does for all who wait.
 
-Strategy: begin at the store (or wait for whoever began before, where a fleet shares loads), call the loader, store what
-it yields where the beginning's token still stands.
+Strategy: take the turn (``_turn``), call the loader, store what it yields where the beginning's token still stands.
 
 Rules:
-- A placeholder is planted before the loader is called. Whatever happens to the key meanwhile (delete, set, clear,
-  eviction, another load's write) changes the token, in this process or any other, and the write is refused. This is
-  Facebook's memcache lease (NSDI 2013), with a random token.
 - A load whose lookup failed does not try to begin, and one that could not begin stores nothing: one deadline, not
   three.
-- An entry keeps its token while it is loaded anew. Who may do so is decided by a lease beside it (``_leases``); where
-  that says that the next try rests, or what was to go on in the background is done by another already, there is nothing
-  to do.
 - Nothing of what a loader decides (``current_entry``) outlives its load.
+- However it ends, what was planted is given back, or says that there is no value.
 """
 
 from __future__ import annotations
@@ -21,7 +15,7 @@ from collections.abc import Awaitable
 from datetime import timedelta
 from time import monotonic
 from types import CoroutineType
-from typing import Any, NamedTuple
+from typing import Any
 
 from ._async_cache import MISSING, Loader
 from ._codec import FAILURE, DecodeError, decode
@@ -30,24 +24,15 @@ from ._durations import seconds
 from ._engine import Engine
 from ._exceptions import LoadTimeoutError, UncacheableError, ValueTooLargeError
 from ._flight import Flight
-from ._frame import Frame, Kind, Mark, unpack
-from ._freshness import Life, is_fresh
-from ._leases import OVER, beside, head_of
+from ._frame import Frame, Mark
+from ._freshness import Life
 from ._marks import OWNED
-from ._placeholders import Over
-from ._protocols import Begun, Held, Outcome, Write
+from ._protocols import Outcome, Write
 from ._reads import Reads
 from ._tags import ANY_DIGEST, tag_digest
-from ._tokens import new_token
-from ._trip import Landed, NothingToDoError, Plan, Trip
+from ._trip import Landed, Plan, Trip
+from ._turn import Turn
 from ._writes import Writes
-
-
-class _Rival(NamedTuple):
-    """Somebody else's placeholder."""
-
-    key: bytes
-    token: bytes
 
 
 class Leader:
@@ -64,8 +49,8 @@ class Leader:
     """
 
     __slots__ = (
-        "_any", "_decided", "_engine", "_held", "_key", "_loader", "_passes", "_plan", "_reachable", "_reads",
-        "_rest_for", "_root", "_session", "_stored", "_taken", "_writes",
+        "_decided", "_engine", "_key", "_loader", "_passes", "_plan", "_reachable", "_reads", "_rest_for", "_root",
+        "_session", "_stored", "_turn", "_writes",
     )  # fmt: skip
 
     def __init__(  # noqa: PLR0917  # its tools, and what it is to do
@@ -88,11 +73,8 @@ class Leader:
         self._loader = loader
         self._plan = plan
         self._reachable = reachable
-        self._held: dict[bytes, Held] = {}
         self._rest_for = 0.0  # seconds that the lease beside the entry is to say that the next try rests
         self._passes = False  # what it holds is to say that there is no value
-        self._any: bytes | None = None  # the mark of any invalidation
-        self._taken: Frame | None = None  # what is stored now, for the loader to look at
         self._stored = False
 
     async def fly(self, flight: Flight) -> Landed:
@@ -104,21 +86,10 @@ class Leader:
             BaseException: Whatever the loader raised.
         """
         trip: Trip = flight.cargo
+        turn = self._turn = Turn(self._engine, self._reads, self._key, self._plan, trip)
         try:
-            if self._reachable:
-                marks, taking = self._session.marks, None
-                self._any = marks.any(self._root)
-                if self._any is None or trip.digests:
-                    taking = marks.take(self._root, (ANY_DIGEST, *trip.digests))
-                found = await self._ask(trip)
-                if type(found) is _Rival:
-                    found = await self._queue(trip, found)
-                    if trip.digests:  # what was invalidated while another loaded need not be held against this load
-                        taking = marks.take(self._root, (ANY_DIGEST, *trip.digests))
-                if type(found) is Landed:
-                    return found
-                if taking is not None:
-                    self._keep_marks(trip, await marks.taken(taking))
+            if self._reachable and (found := await turn.take()) is not None:
+                return found
             flight.begun = True
             value, cost = await self._call(flight, trip)
             return await self._land(flight, trip, value, cost)
@@ -126,144 +97,14 @@ class Leader:
             self._passes = self._plan.rules.fleet
             raise
         finally:
-            for at, held in self._held.items():
-                self._session.placeholders.end(held, stored=self._stored and at is self._key, over=self._left(trip, at))
-
-    def _left(self, trip: Trip, at: bytes) -> Over | None:
-        """What to leave in place of the placeholder at *at*, if nothing is stored there."""
-        if self._rest_for and at is not self._key and trip.seen is not None:
-            return Over(self._rest_for, trip.seen, rests=True)
-        return Over(OVER, new_token(), rests=False) if self._passes else None
-
-    # Beginning
-
-    def _keep_marks(self, trip: Trip, taken: dict[bytes, bytes] | None) -> None:
-        if taken is not None:
-            self._any = taken[ANY_DIGEST]
-            trip.marks = tuple([Mark(digest, taken[digest]) for digest in trip.digests])
-
-    async def _queue(self, trip: Trip, rival: _Rival) -> Landed | None:
-        """Wait until it is this process's turn to load, where a fleet shares loads; what was found by then."""
-        rules = self._plan.rules
-        if not rules.fleet or self._plan.refresh:
-            return None
-        deadline = monotonic() + rules.wait_timeout
-        while await self._session.rivals.over(rival.key, rival.token, deadline):
-            found = await self._ask(trip)
-            if not isinstance(found, _Rival):
-                return found
-            rival = found
-        self._give_up(trip)
-        found = await self._ask(trip, alone=True)
-        return None if isinstance(found, _Rival) else found
-
-    def _give_up(self, trip: Trip) -> None:
-        """Do what the policy says where another's load takes too long; return to load all the same."""
-        rules = self._plan.rules
-        if rules.on_wait_timeout == "stale" and trip.spare is not None:
-            raise NothingToDoError
-        if rules.on_wait_timeout == "error":
-            trip.spare = None
-            raise LoadTimeoutError(
-                f"another process has been loading {self._plan.name} for more than {rules.wait_timeout:g} s, which is "
-                'its wait_timeout. Raise that, or let on_wait_timeout be "load".'
-            )
-
-    async def _ask(self, trip: Trip, *, alone: bool = False) -> Landed | _Rival | None:
-        """Begin at the store; what stands in the way of loading, if something does. *alone*: with no lease."""
-        plan = self._plan
-        alone = alone or plan.refresh
-        while True:
-            leased = trip.spare is not None or trip.ahead or trip.shared
-            if leased and not alone:
-                # Before the entry is looked at: who looks first may have the lease when another has just ended, and
-                # take what that one has replaced for what there is.
-                alone = True
-                rival = await self._ask_beside(trip)
-                if rival is not None and plan.rules.fleet:
-                    return rival
-            begun = await self._plant(trip)
-            if begun is None or self._key in self._held:
-                return None
-            if begun.frame is not None and (found := await self._look(trip, begun.frame)) is not None:
-                return found
-            head = head_of(begun)
-            kind = None if head is None else head.kind
-            if kind == Kind.PLACEHOLDER:
-                return self._rival(trip, self._key, begun)
-            # An entry of no use stands there.
-            trip.shared = plan.rules.fleet
-            if alone or kind == Kind.OVER or not (trip.shared or trip.spare is not None):
-                return None
-
-    async def _plant(self, trip: Trip) -> Begun | None:
-        """Plant the placeholder, where nothing stands yet."""
-        session, key = self._session, self._key
-        # What this process plants moves the counter itself. Where nothing can come in between, that is no change;
-        # elsewhere whoever joins first has to look.
-        if session.is_direct:
-            trip.begun = await session.placeholders.begin(key)
-            trip.part = self._engine.part(key)
-        else:
-            part = self._engine.part(key)
-            trip.begun = await session.placeholders.begin(key)
-            trip.part = part
-        if trip.begun is not None and (held := session.placeholders.hold(key, trip.begun)) is not None:
-            self._held[key] = held
-        return trip.begun
-
-    async def _look(self, trip: Trip, data: bytes) -> Landed | None:
-        """Look at what stands there already: it may be what is wanted, or something to stand in."""
-        plan = self._plan
-        hit = await self._reads.accept(self._session, self._key, data, plan.classes, None, plan.takes)
-        if hit is None:
-            return None
-        frame = unpack(data, self._key)
-        if hit.stale is not None:
-            trip.spare, trip.seen = hit, hit.head.token
-        elif not plan.refresh and (not trip.ahead or hit.head.token != trip.seen):
-            # Somebody stored it between our lookup and our beginning.
-            if hit.head.codec == FAILURE:
-                raise hit.value
-            return Landed(hit.value, hit.head.codec, frame.payload, plan.classes, hit.head.cost)
-        self._taken = frame
-        return None
-
-    async def _ask_beside(self, trip: Trip) -> _Rival | None:
-        """Take the lease on loading anew what stands; who has it, if it is another."""
-        session, at = self._session, beside(self._root, self._key)
-        begun = await session.placeholders.begin(at)
-        head = None if begun is None else head_of(begun)
-        if begun is not None and head is not None and head.kind == Kind.OVER:
-            now = self._engine.store.now()
-            if not head.fresh_until:  # a load has just ended without a value: there is no line to stand in
-                return self._rival(trip, at, begun)
-            if is_fresh(head, now) and head.token == trip.seen and (trip.spare is not None or trip.ahead):
-                session.rests.note(self._key, head.token, head.fresh_until - now)
-                raise NothingToDoError
-            begun = await session.placeholders.begin_over(at, begun)  # it is over, or speaks of another entry
-        if begun is None:
-            return None
-        held = session.placeholders.hold(at, begun)
-        if held is not None:
-            self._held[at] = held
-            return None
-        return self._rival(trip, at, begun)
-
-    @staticmethod
-    def _rival(trip: Trip, key: bytes, begun: Begun) -> _Rival | None:
-        """Who loads, if it is somebody else who has not ended yet."""
-        if trip.behind:
-            raise NothingToDoError
-        head = head_of(begun)
-        return _Rival(key, begun.fence.token) if head is not None and head.kind == Kind.PLACEHOLDER else None
+            turn.end(stored=self._stored, rest_for=self._rest_for, passes=self._passes)
 
     # Calling
 
     async def _call(self, flight: Flight, trip: Trip) -> tuple[Any, float]:
         plan, rules = self._plan, self._plan.rules
         self._decided = decided = Decided(
-            None if callable(rules.ttl) else rules.ttl, trip.tags, self._read if self._taken is not None else None
+            None if callable(rules.ttl) else rules.ttl, trip.tags, self._read if self._turn.taken is not None else None
         )
         decided.open()
         timer = None if rules.timeout is None else self._session.loop.call_later(rules.timeout, self._time_out, flight)
@@ -294,9 +135,9 @@ class Leader:
 
     def _read(self) -> Any:
         """A copy of what is stored now, ``MISSING`` if that can't be had."""
-        assert self._taken is not None
+        assert self._turn.taken is not None
         try:
-            return decode(self._taken.head.codec, self._taken.payload, self._plan.classes)
+            return decode(self._turn.taken.head.codec, self._turn.taken.payload, self._plan.classes)
         except DecodeError:
             return MISSING
 
@@ -353,7 +194,7 @@ class Leader:
             if marks is None or len(marks) < len(trip.digests):
                 doubtful = True  # they could not be had, or came too late to be sure of
             elif not flight.detached:
-                taken = self._taken
+                taken = self._turn.taken
                 if taken is not None and value is self._decided.unchanged:
                     outcome = await self._let_live(trip, taken, life, marks)
                 else:
@@ -389,11 +230,11 @@ class Leader:
         added = [tag for tag in self._decided.tags if tag not in trip.tags]
         if not added:
             return trip.marks
-        if self._any is None:
+        if self._turn.any is None:
             return None
         late = self._session.marks
         taken = await late.taken(late.take(self._root, map(tag_digest, added)))
-        if taken is None or await late.current(self._root, ANY_DIGEST) != self._any:
+        if taken is None or await late.current(self._root, ANY_DIGEST) != self._turn.any:
             return None
         return (*trip.marks, *(Mark(digest, mark) for digest, mark in taken.items()))
 
