@@ -275,7 +275,7 @@ async def test_nobody_stands_in_line_for_what_is_not_stored(world: World, then: 
     answers = await asyncio.gather(*(child.load("k", callers=20, takes=0.3, then=then) for child in children))
     seconds = max(answer["seconds"] for answer in answers)
     print(f"{world.kind}, {then}: six processes were done after {seconds:.2f} s")
-    assert seconds < 0.6 + 0.6  # two loads, and half of what standing in line would add
+    assert seconds < 1.7  # two loads take 0.6; in line, it is 1.8 at least
     for child, answer in zip(children, answers, strict=True):
         assert answer["count"] == 20
         if then == "fail":
