@@ -12,7 +12,8 @@ Rules:
   invalidates removes that one first, and the tags' after it.
 - A mark lives at least as long as the longest entry under it: each write prolongs it where needed, never shortens it.
 - What is known of a mark is used again only while its counter says that it stands (``_changes``); where the store tells
-  of no changes, marks are read with every entry that has them.
+  of no changes, marks are read with every entry that has them. That a mark's time is over moves no counter: a new entry
+  is written under a known mark only while that is sure to live.
 """
 
 from __future__ import annotations
@@ -51,6 +52,13 @@ class _Known:
 
     def stands(self) -> bool:
         return self.part is not None and self.part.holds()
+
+
+class _Found(NamedTuple):
+    """A mark, and until when it lives at least."""
+
+    mark: bytes
+    lives_until: float
 
 
 class Standing(NamedTuple):
@@ -110,11 +118,13 @@ class Marks:
         known = self._known.get(key)
         return known if known is not None and known.stands() else None
 
-    def _learn(self, key: bytes, mark: bytes | None, part: Part | None) -> _Known:
+    def _learn(self, key: bytes, found: _Found | None, part: Part | None) -> _Known:
+        mark, lives_until = (None, -math.inf) if found is None else found
         before = self._known.pop(key, None)
         known = self._known[key] = _Known(mark, part)
+        known.lives_until = lives_until
         if before is not None and before.mark == mark:
-            known.lives_until = before.lives_until
+            known.lives_until = max(lives_until, before.lives_until)
         if len(self._known) > _MOST_KNOWN:
             del self._known[next(iter(self._known))]
         return known
@@ -165,7 +175,7 @@ class Marks:
 
     def _asked(self, key: bytes) -> tuple[bytes, Part | None, Any] | bytes:
         known = self._standing(key)
-        if known is not None and known.mark is not None:
+        if known is not None and known.mark is not None and self._store.now() < known.lives_until:
             return known.mark
         part, future = self._read(key)
         return key, part, future
@@ -191,18 +201,19 @@ class Marks:
                     marks[digest] = asked
                     continue
                 key, part, future = asked
-                mark = _mark_in(await future, key)
-                if mark is None:
+                found = _mark_in(await future, key)
+                if found is None:
                     future = self._lines.write(self._begin, key, key)
                     future.add_done_callback(heed)
                     planted[digest] = key, future
                 else:
-                    marks[digest] = self._learn(key, mark, part).mark or b""
+                    self._learn(key, found, part)
+                    marks[digest] = found.mark
             for digest, (key, future) in planted.items():
                 begun: Begun = await future
                 marks[digest] = begun.fence.token
                 if begun.leader:
-                    self._learn(key, begun.fence.token, None).lives_until = self._store.now() + _HOLD
+                    self._learn(key, _Found(begun.fence.token, self._store.now() + _HOLD), None)
         except StoreError as error:
             self._trouble(error)
             return None
@@ -212,10 +223,11 @@ class Marks:
         """Return the mark as the store has it at this moment, whatever is known of it; None: none, or not to be had."""
         key = self._key(root, digest)
         try:
-            return _mark_in(await self._lines.read(self._get, key, key), key)
+            found = _mark_in(await self._lines.read(self._get, key, key), key)
         except StoreError as error:
             self._trouble(error)
             return None
+        return None if found is None else found.mark
 
     def prolong(self, root: bytes, marks: Iterable[Mark], keep: float) -> None:
         """See that *marks* live for *keep* seconds more, where they stand. Waits for nothing."""
@@ -252,11 +264,11 @@ class Marks:
         return [key for key, known in self._known.items() if known.mark is not None and known.stands()]
 
 
-def _mark_in(data: bytes | None, key: bytes) -> bytes | None:
+def _mark_in(data: bytes | None, key: bytes) -> _Found | None:
     if data is None:
         return None
     try:
         head = unpack(data, key).head
     except FrameError:
         return None
-    return head.token if head.kind in _MARKS else None
+    return _Found(head.token, head.keep_until) if head.kind in _MARKS else None
