@@ -20,26 +20,29 @@ from tests.model import PROCESSES, Answer, Flight, Listed, Model, Order, Unliste
 from tests.servers import Server, valkey_server
 from tests.shifted import Shifted
 
-KEYS = ("a", "b", "ab")
+KEYS = ("a", "ab")
 TAGS = ("x", "y")
 
 processes = st.sampled_from(PROCESSES)
 keys = st.sampled_from(KEYS)
 tags = st.frozensets(st.sampled_from(TAGS))
 ttls = st.sampled_from([5.0, 60.0, 7200.0, FOREVER])
-stale_ttls = st.sampled_from([0.0, 30.0, 7200.0])
+stale_ttls = st.sampled_from([0.0, 30.0, 7200.0, 7200.0])
+outcomes = st.sampled_from(
+    ["value", "value", "skip", "worthless", "listed", "unlisted", "not modified", "not modified"]
+)
 orders = st.builds(
     Order,
     ttl=st.sampled_from([5.0, 60.0, 7200.0]),
     stale_ttl=stale_ttls,
-    throttle=st.sampled_from([0.0, 3.0, 30.0]),
+    throttle=st.sampled_from([0.0, 3.0, 600.0]),
     at_once=st.booleans(),
     errors_ttl=st.sampled_from([None, 5.0, 600.0]),
     tags=tags,
     added=st.one_of(st.just(frozenset[str]()), tags),
     refresh=st.sampled_from([False, False, False, True]),
     fleet=st.booleans(),
-    outcome=st.sampled_from(["value", "value", "value", "skip", "worthless", "listed", "unlisted", "not modified"]),
+    outcome=outcomes,
 )
 
 
@@ -112,11 +115,21 @@ class Machine(RuleBasedStateMachine):
 
     # Reading
 
-    @rule(process=processes, key=keys)
+    # What is done often has a rule of its own: they are all drawn alike.
+
+    @rule(process=processes, key=keys, how=st.sampled_from(["get", "ask_about", "read_all"]))
+    def read(self, process: int, key: str, how: str) -> None:
+        match how:
+            case "get":
+                self.get(process, key)
+            case "ask_about":
+                self.ask_about(process, key)
+            case _:
+                self.read_all(process)
+
     def get(self, process: int, key: str) -> None:
         self.same(self.run(self.caches[process].get(key, MISSING)), self.model.get(key))
 
-    @rule(process=processes, key=keys)
     def ask_about(self, process: int, key: str) -> None:
         cache, expected = self.caches[process], self.model.ttl(key)
         assert self.run(cache.exists(key)) is (expected is not None)
@@ -125,7 +138,6 @@ class Machine(RuleBasedStateMachine):
         entry = self.run(cache.get_entry(key))
         self.same(MISSING if entry is None else entry.value, self.model.get(key))
 
-    @rule(process=processes)
     def read_all(self, process: int) -> None:
         cache = self.caches[process]
         expected = {key: value for key in KEYS if (value := self.model.get(key)) is not MISSING}
@@ -141,7 +153,27 @@ class Machine(RuleBasedStateMachine):
 
     # Changing
 
-    @rule(process=processes, key=keys, ttl=ttls, stale_ttl=stale_ttls, tagged=tags)
+    @rule(
+        process=processes,
+        key=keys,
+        ttl=ttls,
+        stale_ttl=stale_ttls,
+        tagged=tags,
+        how=st.sampled_from(["set", "set", "set_many", "add", "touch"]),
+    )
+    def write(  # noqa: PLR0917  # what is drawn
+        self, process: int, key: str, ttl: float, stale_ttl: float, tagged: frozenset[str], how: str
+    ) -> None:
+        match how:
+            case "set":
+                self.set(process, key, ttl, stale_ttl, tagged)
+            case "set_many":
+                self.set_many(process, ttl, tagged)
+            case "add":
+                self.add(process, key, ttl, tagged)
+            case _:
+                self.touch(process, key, ttl)
+
     def set(self, process: int, key: str, ttl: float, stale_ttl: float, tagged: frozenset[str]) -> None:
         ttl, stale_ttl = ttl * self.unit, 0.0 if ttl == FOREVER else stale_ttl * self.unit
         value = self.new_value()
@@ -149,20 +181,17 @@ class Machine(RuleBasedStateMachine):
         self.run(self.caches[process].set(key, value, policy=policy, tags=tagged))
         self.model.set(process, key, value, ttl, stale_ttl, tagged)
 
-    @rule(process=processes, ttl=ttls, tagged=tags)
     def set_many(self, process: int, ttl: float, tagged: frozenset[str]) -> None:
-        values, ttl = {key: self.new_value() for key in KEYS[:2]}, ttl * self.unit
+        values, ttl = {key: self.new_value() for key in KEYS}, ttl * self.unit
         self.run(self.caches[process].set_many(values, ttl=ttl, tags=tagged))
         for key, value in values.items():
             self.model.set(process, key, value, ttl, 0.0, tagged)
 
-    @rule(process=processes, key=keys, ttl=ttls, tagged=tags)
     def add(self, process: int, key: str, ttl: float, tagged: frozenset[str]) -> None:
         value, ttl = self.new_value(), ttl * self.unit
         added = self.run(self.caches[process].add(key, value, ttl=ttl, tags=tagged))
         assert added is self.model.add(process, key, value, ttl, tagged)
 
-    @rule(process=processes, key=keys, ttl=ttls)
     def touch(self, process: int, key: str, ttl: float) -> None:
         ttl *= self.unit
         assert self.run(self.caches[process].touch(key, ttl)) is self.model.touch(key, ttl)
@@ -172,8 +201,12 @@ class Machine(RuleBasedStateMachine):
         expected, deleted = self.model.delete(process, key), self.run(self.caches[process].delete(key))
         assert expected is None or deleted is expected
 
-    @rule(process=processes, prefix=st.sampled_from(["", "a", "ab"]))
-    def clear(self, process: int, prefix: str) -> None:
+    @rule(process=processes, prefix=st.sampled_from(["", "a", "ab"]), really=st.sampled_from([False, False, True]))
+    def clear(self, process: int, prefix: str, *, really: bool) -> None:
+        if really:
+            self.do_clear(process, prefix)
+
+    def do_clear(self, process: int, prefix: str) -> None:
         self.run(self.caches[process].clear(prefix=prefix))
         self.model.clear(process, prefix)
 
@@ -181,12 +214,20 @@ class Machine(RuleBasedStateMachine):
     def invalidate(self, process: int, tag: str) -> None:
         assert self.run(self.caches[process].invalidate(tag)) is True
         self.model.invalidate(process, tag)
+        self.read_all(1 - process)
 
     @rule(seconds=st.sampled_from([0.5, 4.0, 6.0, 29.0, 61.0, 3700.0, 8000.0]))
     def let_pass(self, seconds: float) -> None:
         self._land_all()  # no placeholder is to expire: what then happens, ``test_load`` says
         self.world.advance(seconds * self.unit)
         self.model.now += seconds * self.unit
+
+    @rule(key=keys)
+    def let_expire(self, key: str) -> None:
+        """Let pass what makes a fresh entry stale, and little more."""
+        left = self.model.ttl(key)
+        if left is not None and left < FOREVER:
+            self.let_pass(left / self.unit + 0.5)
 
     # Loading
 
@@ -214,6 +255,13 @@ class Machine(RuleBasedStateMachine):
         assert got.raises is expected.raises
         self.same(got.value, expected.value)
         assert self.calls - calls == expected.calls
+
+    @rule(key=keys, first=orders, outcome=outcomes)
+    def load_here_and_there(self, key: str, first: Order, outcome: Any) -> None:
+        """The same by both, one after the other, while little time passes: rests, failures and hits meet."""
+        self.get_or_load(0, key, first)
+        self.get_or_load(1, key, first._replace(outcome=outcome, refresh=False))
+        self.get_or_load(0, key, first._replace(outcome=outcome, refresh=False))
 
     async def _outcome(self, process: int, key: str, order: Order, value: list[Any]) -> Answer:
         try:
