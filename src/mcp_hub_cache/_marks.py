@@ -12,7 +12,8 @@ Rules:
   invalidates removes that one first, and the tags' after it.
 - A mark lives at least as long as the longest entry under it: each write prolongs it where needed, never shortens it.
 - What is known of a mark is used again only while its counter says that it stands (``_changes``); where the store tells
-  of no changes, marks are read with every entry that has them.
+  of no changes, marks are read with every entry that has them. That a mark's time is over moves no counter: a new entry
+  is written under a known mark only while that is sure to live.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ class Marks:
 
     def _asked(self, key: bytes) -> tuple[bytes, Part | None, Any] | bytes:
         known = self._standing(key)
-        if known is not None and known.mark is not None:
+        if known is not None and known.mark is not None and self._store.now() < known.lives_until:
             return known.mark
         part, future = self._read(key)
         return key, part, future
