@@ -156,7 +156,7 @@ def acached(
         share: Callers promise not to change results, and may be handed the same object as others: a hit in the near
             cache then costs no decoding. Without it every caller gets a copy of its own.
         **changes: Options of ``Policy`` (``ttl="10m"``, ``stale_ttl``, ``cache_if``, …), in place of the policy's. A
-            tag may be a template of arguments: ``tags=["user:{user_id}"]``.
+            tag may be a template of arguments, as ``str`` shows them: ``tags=["user:{user_id}"]``.
 
     Raises:
         TypeError: *func* is not an async function that can be cached, or an option is none; the message says what to

@@ -142,8 +142,10 @@ def _head(parameters: tuple[Parameter, ...]) -> str:
     return ", ".join(parts)
 
 
-def template(text: str, func: Callable[..., object], *, skip_first: bool = False) -> Callable[..., str]:
-    """Return the function that makes a key from *text* and the arguments of a call to *func*.
+def template(
+    text: str, func: Callable[..., object], *, skip_first: bool = False, tag: bool = False
+) -> Callable[..., str]:
+    """Return the function that makes a key, or a tag, from *text* and the arguments of a call to *func*.
 
     A field is ``{name}``, ``{name.attribute}`` or ``{name[item]}``, of a parameter. What it shows must be exactly an
     int, str, bool, None or UUID:
@@ -156,16 +158,21 @@ def template(text: str, func: Callable[..., object], *, skip_first: bool = False
 
     Between two fields there must be one of ``: / | , ; # = &``, so that it is always plain where one ends.
 
+    In a tag every value stands as ``str`` shows it, and nothing need be between fields: it must be the very text that
+    somebody else writes to invalidate it, and tags that look alike only cost misses.
+
     Args:
         text: The template; literal braces are doubled, as in ``str.format``.
         func: Whose parameters may be used, and whose signature the answer has.
         skip_first: The first parameter, ``self``, may not be used.
+        tag: It is a tag's.
 
     Raises:
         ValueError: A field is no parameter of *func*, or has a conversion or format, or follows another without one of
             the separators between them.
         UncacheableError: On a call: a field's value is of another type, or is not there.
     """
+    what = "tag" if tag else "key"
     names = bound_names(func, skip_first=skip_first)
     fields: list[tuple[str, int, str, tuple[tuple[str, str], ...]]] = []
     tail = ""
@@ -174,43 +181,45 @@ def template(text: str, func: Callable[..., object], *, skip_first: bool = False
             tail += literal
             continue
         if spec or conversion:
-            raise ValueError(f"the key template's field {{{name}}} takes no conversion and no format")
+            raise ValueError(f"the {what} template's field {{{name}}} takes no conversion and no format")
         match = _FIELD.fullmatch(name)
         if match is None or match[1] not in names:
             takes = ", ".join(names)
-            raise ValueError(f"the key template's field {{{name}}} is no parameter of {_name(func)}: {takes}")
+            raise ValueError(f"the {what} template's field {{{name}}} is no parameter of {_name(func)}: {takes}")
         before = tail + literal
-        if fields and not any(separator in before for separator in _SEPARATORS):
-            raise ValueError(f"the key template needs one of {' '.join(_SEPARATORS)} before its field {{{name}}}")
-        fields.append((before, names.index(match[1]), name, tuple(_STEP.findall(match[2]))))
+        if not tag and fields and not any(separator in before for separator in _SEPARATORS):
+            raise ValueError(f"the {what} template needs one of {' '.join(_SEPARATORS)} before its field {{{name}}}")
+        where = f"{what} template field {{{name}}}"
+        fields.append((before, names.index(match[1]), where, tuple(_STEP.findall(match[2]))))
         tail = ""
     binder = bind(func, skip_first=skip_first)
 
     def render(*args: Any, **kwargs: Any) -> str:
         values = binder(*args, **kwargs)
         parts: list[str] = []
-        for literal, index, name, steps in fields:
+        for literal, index, where, steps in fields:
             value = values[index]
             if steps:
-                value = _follow(value, name, steps)
-            parts += (literal, _shown(value, name))
+                value = _follow(value, where, steps)
+            parts += (literal, _shown(value, where, plain=tag))
         return "".join(parts) + tail
 
     return render
 
 
-def _follow(value: Any, name: str, steps: tuple[tuple[str, str], ...]) -> Any:
+def _follow(value: Any, where: str, steps: tuple[tuple[str, str], ...]) -> Any:
     for attribute, item in steps:
         try:
             value = getattr(value, attribute) if attribute else value[int(item) if item.isdecimal() else item]
         except Exception as error:  # noqa: BLE001  # attributes and items are computed by the user's own classes
-            where = f"key template field {{{name}}}"
             raise UncacheableError(f"{where}: {type(error).__name__}", where=where) from None
     return value
 
 
-def _shown(value: Any, name: str) -> str:
+def _shown(value: Any, where: str, *, plain: bool) -> str:
     kind = type(value)
+    if plain and kind in {str, UUID}:
+        return str(value)
     if kind is str:
         shown = _ESCAPED.sub(_escape, value)
         return _escape(shown[0]) + shown[1:] if _LOOKS_LIKE_ANOTHER.fullmatch(shown) else shown
@@ -220,9 +229,8 @@ def _shown(value: Any, name: str) -> str:
         return str(value)
     if kind is UUID:
         return f"%u{value}"
-    where = f"key template field {{{name}}}"
     raise UncacheableError(
-        f"{where}: a {kind.__qualname__} can't be shown in a key; a str, int, bool, None or UUID can", where=where
+        f"{where}: a {kind.__qualname__} can't be shown there; a str, int, bool, None or UUID can", where=where
     )
 
 

@@ -27,6 +27,7 @@ from ._identity import identify, own_key
 from ._keys import KeySpace, argument_bytes, digest, function_name, namer, scope_of
 from ._shortcut import AGAIN, Shortcut, generate, name_of
 from ._stats import Counters
+from ._tags import as_tags
 
 if TYPE_CHECKING:
     from ._cache import Cache
@@ -111,7 +112,8 @@ class Calls:
         if isinstance(options.scope, str) and "{" in options.scope:
             self._scope_template = template(options.scope, func, skip_first=is_method)
         # Of the tags, those that depend on arguments; the rest are the policy's for every call.
-        self._tags = tuple([template(tag, func, skip_first=is_method) for tag in options.policy.tags if "{" in tag])
+        dependent = [tag for tag in options.policy.tags if "{" in tag]
+        self._tags = tuple([template(tag, func, skip_first=is_method, tag=True) for tag in dependent])
         self._policy = options.policy
         if self._tags:
             self._policy = options.policy.replace(tags=[tag for tag in options.policy.tags if "{" not in tag])
@@ -335,7 +337,7 @@ class Calls:
 
     def _tags_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         """The tags of a call that depend on its arguments."""
-        return [render(*args, **kwargs) for render in self._tags]
+        return list(as_tags([render(*args, **kwargs) for render in self._tags]))
 
     @property
     def _owner(self) -> str | None:
