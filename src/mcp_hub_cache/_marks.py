@@ -94,6 +94,7 @@ class Marks:
         # Bound once: a line tells kinds of requests apart by the identity of their call.
         self._get = store.get_many
         self._begin = partial(store.begin_many, hold=_HOLD)
+        self._delete = store.delete_many
         self._leases = store if isinstance(store, Leases) else None
         self._renewals: dict[float, Any] = {}
 
@@ -200,7 +201,7 @@ class Marks:
                 else:
                     marks[digest] = self._learn(key, mark, part).mark or b""
             for digest, (key, future) in planted.items():
-                begun: Begun = await future
+                begun = await self._planted(key, await future)
                 marks[digest] = begun.fence.token
                 if begun.leader:
                     self._learn(key, begun.fence.token, None).lives_until = monotonic() + _HOLD
@@ -208,6 +209,14 @@ class Marks:
             self._trouble(error)
             return None
         return marks
+
+    async def _planted(self, key: bytes, begun: Begun) -> Begun:
+        """*begun*, where that left a mark under *key*; what is no mark would be a miss for ever, and makes room."""
+        if begun.leader or (begun.frame is not None and _mark_in(begun.frame, key) is not None):
+            return begun
+        await self._lines.write(self._delete, key, key)
+        again: Begun = await self._lines.write(self._begin, key, key)
+        return again
 
     async def current(self, root: bytes, digest: bytes) -> bytes | None:
         """Return the mark as the store has it at this moment, whatever is known of it; None: none, or not to be had."""
