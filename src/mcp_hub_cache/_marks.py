@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from time import monotonic
 from typing import Any, Final, NamedTuple
 
 from ._changes import Part, Slot
@@ -48,7 +47,7 @@ class _Known:
     def __init__(self, mark: bytes | None, part: Part | None) -> None:
         self.mark = mark
         self.part = part  # None: nothing tells of its changes
-        self.lives_until = -math.inf  # at least, on the monotonic clock
+        self.lives_until = -math.inf  # at least, on the store's clock, by which it expires
 
     def stands(self) -> bool:
         return self.part is not None and self.part.holds()
@@ -204,7 +203,7 @@ class Marks:
                 begun = await self._planted(key, await future)
                 marks[digest] = begun.fence.token
                 if begun.leader:
-                    self._learn(key, begun.fence.token, None).lives_until = monotonic() + _HOLD
+                    self._learn(key, begun.fence.token, None).lives_until = self._store.now() + _HOLD
         except StoreError as error:
             self._trouble(error)
             return None
@@ -231,20 +230,20 @@ class Marks:
         """See that *marks* live for *keep* seconds more, where they stand. Waits for nothing."""
         if self._leases is None:
             return
-        until = monotonic() + keep
+        now = self._store.now()
         for digest, mark in marks:
             key = self._key(root, digest)
             known = self._known.get(key)
-            if mark == OWNED or (known is not None and known.mark == mark and known.lives_until >= until):
+            if mark == OWNED or (known is not None and known.mark == mark and known.lives_until >= now + keep):
                 continue
             # A power of two that is more than enough: writes of like entries then need not ask again and again, and
             # share their batches.
-            hold = 2.0 ** math.ceil(math.log2(keep * 1.5)) if keep < math.inf else math.inf
+            hold = 2.0 ** math.ceil(math.log2(max(keep, 1.0) * 1.5)) if keep < math.inf else math.inf
             held = Held(key, Fence(self._store.id, mark))
             future = self._lines.write(self._renewal(hold), key, held)
             future.add_done_callback(heed)
             if known is not None and known.mark == mark:
-                known.lives_until = monotonic() + hold
+                known.lives_until = now + hold
 
     def _renewal(self, hold: float) -> Any:
         assert self._leases is not None
