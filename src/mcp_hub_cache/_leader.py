@@ -400,10 +400,13 @@ class Leader:
         if life is not None or len(flight.waiters) > 1:  # or else only to copy it for the others
             codec, payload = self._try_encode(value, wanted=life is not None)
         doubtful, outcome = False, None
-        if life is not None and payload is not None and trip.begun is not None:
+        wanted = life is not None and payload is not None and trip.begun is not None
+        if wanted or (self._any is not None and self._added(trip)):  # who came late must know, be it stored or not
             marks = await self._marks(trip)
             doubtful = marks is None
-            if marks is not None and not flight.detached:
+            if wanted and marks is not None and not flight.detached:
+                assert life is not None
+                assert payload is not None
                 outcome = await self._store(trip, value, codec, payload, life, cost, marks)
         if outcome != "done":
             self._pass()
@@ -428,13 +431,16 @@ class Leader:
             ttl = seconds(given)
         return Life(ttl, rules.stale_ttl, min(rules.jitter, ttl / 2))
 
+    def _added(self, trip: Trip) -> set[str]:
+        """The tags that the loader has added."""
+        return self._decided.tags.difference(trip.tags)
+
     async def _marks(self, trip: Trip) -> tuple[Mark, ...] | None:
         """The marks of the entry; None: they can't be had, or came too late to be sure of."""
         marks = trip.marks
         if len(marks) < len(trip.digests):
             return None
-        added = self._decided.tags.difference(trip.tags)
-        if added:
+        if added := self._added(trip):
             if self._any is None:
                 return None
             late = self._session.marks
