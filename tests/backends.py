@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from mcp_hub_cache import Cache, FileCache, RedisCache
-from mcp_hub_cache._protocols import Write
+from mcp_hub_cache._protocols import Store, Write
+from mcp_hub_cache.stores.failover import FailoverStore
 from mcp_hub_cache.stores.file import FileStore
 from mcp_hub_cache.stores.memory import MemoryStore
+from mcp_hub_cache.stores.redis import RedisStore
 from mcp_hub_cache.testing import FakeClock
 from tests.servers import Server
 
 NAMES = ("memory", "file", "redis")
+WITH_FAILOVER = (*NAMES, *(f"{name} with failover" for name in NAMES))
 # Deadlines are other tests' business: these share two cores with whoever else runs.
 PATIENT = 30.0
 
@@ -37,7 +40,9 @@ class Backend:
     def open(self, **options: Any) -> Cache:
         options.setdefault("timeout", PATIENT)
         cache: Cache
-        if self.name == "memory":
+        if self.name.endswith(" with failover"):
+            cache = Cache(FailoverStore(self._store(), MemoryStore()), **options)
+        elif self.name == "memory":
             cache = Cache(self._memory, **options)
         elif self.name == "file":
             cache = FileCache(self._folder, **options)
@@ -46,6 +51,19 @@ class Backend:
             cache = RedisCache(self._server.url, **options)
         self.opened.append(cache)
         return cache
+
+    def _store(self) -> Store:
+        if self.name.startswith("memory"):
+            return self._memory
+        if self.name.startswith("file"):
+            return FileStore(self._folder)
+        assert self._server is not None
+        return RedisStore(self._server.url, timeout=PATIENT)
+
+    @property
+    def is_told_later(self) -> bool:
+        """Whether a cache hears of others' changes only when the server's word of them arrives."""
+        return self.name.startswith("redis")
 
     def open_timed(self, **options: Any) -> Cache:
         """A cache for which ``let_pass`` moves the time; a server's own goes on by itself."""

@@ -189,11 +189,13 @@ class Leader:
         if life is not None or len(flight.waiters) > 1:  # or else only to copy it for the others
             codec, payload = self._try_encode(value, wanted=life is not None)
         doubtful, outcome = False, None
-        if life is not None and payload is not None and trip.begun is not None:
+        stores = life is not None and payload is not None and trip.begun is not None
+        # Who came late must know, be it stored or not.
+        if stores or (self._decided.tags_added is not None and self._turn.any is not None):
             marks = trip.marks if self._decided.tags_added is None else await self._late_marks(trip)
             if marks is None or len(marks) < len(trip.digests):
                 doubtful = True  # they could not be had, or came too late to be sure of
-            elif not flight.detached:
+            elif stores and life is not None and payload is not None and not flight.detached:
                 taken = self._turn.taken
                 if taken is not None and value is self._decided.unchanged:
                     outcome = await self._let_live(trip, taken, life, marks)

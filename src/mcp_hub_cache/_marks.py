@@ -96,6 +96,7 @@ class Marks:
         # Bound once: a line tells kinds of requests apart by the identity of their call.
         self._get = store.get_many
         self._begin = partial(store.begin_many, hold=_HOLD)
+        self._delete = store.delete_many
         self._leases = store if isinstance(store, Leases) else None
         self._renewals: dict[float, Any] = {}
 
@@ -214,7 +215,7 @@ class Marks:
                 else:
                     marks[digest] = known.mark
             for digest, (key, future) in planted.items():
-                begun: Begun = await future
+                begun = await self._planted(key, await future)
                 marks[digest] = begun.fence.token
                 known = self._known[key] = _Known(begun.fence.token, None)
                 known.lives_until = self._store.now() + _HOLD if begun.leader else -math.inf
@@ -222,6 +223,14 @@ class Marks:
             self._trouble(error)
             return None
         return marks
+
+    async def _planted(self, key: bytes, begun: Begun) -> Begun:
+        """*begun*, where that left a mark under *key*; what is no mark would be a miss for ever, and makes room."""
+        if begun.leader or (begun.frame is not None and _mark_in(begun.frame, key) is not None):
+            return begun
+        await self._lines.write(self._delete, key, key)
+        again: Begun = await self._lines.write(self._begin, key, key)
+        return again
 
     async def current(self, root: bytes, digest: bytes) -> bytes | None:
         """Return the mark as the store has it at this moment, whatever is known of it; None: none, or not to be had."""
@@ -243,7 +252,7 @@ class Marks:
                 continue
             # A power of two that is more than enough: writes of like entries then need not ask again and again, and
             # share their batches.
-            hold = 2.0 ** math.ceil(math.log2(keep * 1.5)) if keep < math.inf else math.inf
+            hold = 2.0 ** math.ceil(math.log2(max(keep, 1.0) * 1.5)) if keep < math.inf else math.inf
             self._renew(key, known if known is not None and known.mark == mark else _Known(mark, None), hold)
 
     def _renew(self, key: bytes, known: _Known, hold: float) -> None:
