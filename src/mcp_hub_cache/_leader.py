@@ -275,7 +275,8 @@ class Leader:
         kind = kind_of(begun)
         if kind == Kind.PLACEHOLDER:
             return self._rival(trip, key, begun)
-        if plan.refresh or kind == Kind.OVER or not (plan.rules.fleet or trip.spare is not None or trip.ahead):
+        wants_lease = plan.rules.fleet or trip.spare is not None or trip.ahead
+        if plan.refresh or self._held or kind == Kind.OVER or not wants_lease:
             return None
         return await self._ask_beside(trip)
 
@@ -296,7 +297,7 @@ class Leader:
         self._taken = frame
         return None
 
-    async def _ask_beside(self, trip: Trip) -> _Rival | None:
+    async def _ask_beside(self, trip: Trip) -> Landed | _Rival | None:
         """Take the lease on loading anew what stands; who has it, if it is another."""
         session, at = self._session, beside(self._root, self._key)
         begun = await session.placeholders.begin(at)
@@ -305,7 +306,8 @@ class Leader:
         held = session.placeholders.hold(at, begun)
         if held is not None:
             self._held[at] = held
-            return None
+            # Who had the lease before may have stored something between our look and our turn: look again.
+            return await self._ask(trip)
         rest = rest_of(begun, self._engine.store.now())
         if rest and (trip.spare is not None or trip.ahead):
             session.rests.note(self._key, rest)
