@@ -424,6 +424,34 @@ async def test_what_was_stale_and_is_deleted_before_the_lease_is_still_one_load(
     assert source.calls == 1
 
 
+@pytest.mark.parametrize("soft_timeout", [0, None])
+async def test_who_gets_the_lease_after_the_refresh_has_nothing_left_to_do(
+    fleet: Fleet, soft_timeout: float | None
+) -> None:
+    """One has looked at what is stale, and asks for the lease when the other has stored and given it back."""
+    (one, other), source = fleet.several(2), Source(going=True)
+    how = STALE.replace(ttl="1h", soft_timeout=soft_timeout)
+    await make_stale(one)
+    begin = other._engine.session().placeholders.begin
+    asks, between = asyncio.Event(), asyncio.Event()
+
+    async def late(key: bytes) -> Any:
+        if b":r:" in key:
+            asks.set()
+            await between.wait()
+        return await begin(key)
+
+    other._engine.session().placeholders.begin = late  # type: ignore[method-assign]
+    task = start(other.get_or_load("k", source, policy=how))
+    await asks.wait()
+    assert await one.get_or_load("k", source, policy=STALE.replace(ttl="1h")) == [1]
+    between.set()
+    assert await task == ([0] if soft_timeout == 0 else [1])
+    await poll(lambda: not other._engine.session().flights._flights)
+    assert source.calls == 1
+    assert await other.get("k") == [1]
+
+
 # The waiters' deadline
 
 
@@ -645,15 +673,15 @@ async def test_a_set_while_a_stale_entry_is_refreshed_is_what_the_others_get(fle
 
 
 async def test_a_slow_holder_keeps_its_place(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placeholders, "HOLD", 0.6)
-    caches, source = fleet.several(3), Source(takes=2.0, going=True)
+    monkeypatch.setattr(placeholders, "HOLD", 1.5)
+    caches, source = fleet.several(3), Source(takes=2.5, going=True)
     assert await asyncio.gather(*(cache.get_or_load("k", source, **FLEET) for cache in caches)) == [[1]] * 3
     assert source.calls == 1
 
 
 async def test_a_slow_refresh_keeps_its_place(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placeholders, "HOLD", 0.6)
-    caches, source = fleet.several(3), Source(takes=2.0, going=True)
+    monkeypatch.setattr(placeholders, "HOLD", 1.5)
+    caches, source = fleet.several(3), Source(takes=2.5, going=True)
     await make_stale(caches[0])
     how = STALE.replace(ttl="1h")
     assert await asyncio.gather(*(cache.get_or_load("k", source, policy=how) for cache in caches)) == [[1]] * 3

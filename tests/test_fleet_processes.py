@@ -26,7 +26,7 @@ from tests.backends import PATIENT, poll
 from tests.servers import Server, valkey_server
 
 ROOT = Path(__file__).parents[1]
-SHORT = 1.0  # seconds that a placeholder outlives its holder, where a test waits for that
+SHORT = 1.5  # seconds that a placeholder outlives its holder, where a test waits for that
 LONG = 30.0  # where none may run out
 BUSY = 8.0  # seconds that a busy machine may add
 ROUNDS, LISTENERS = 40, 4
@@ -178,7 +178,7 @@ async def test_eight_processes_with_200_callers_each_are_one_call(world: World) 
 
 async def test_a_slow_holder_is_not_replaced(world: World) -> None:
     children = await world.start(3, hold=SHORT)
-    answers = await asyncio.gather(*(child.load("k", callers=5, takes=3.5 * SHORT) for child in children))
+    answers = await asyncio.gather(*(child.load("k", callers=5, takes=2.5 * SHORT) for child in children))
     (caller,) = world.calls("k")
     assert {value for answer in answers for value in answer["values"]} == {f"of {caller}"}
 
