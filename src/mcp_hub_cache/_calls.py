@@ -71,9 +71,9 @@ class Options(NamedTuple):
             )
         if self.scope is not None and not isinstance(self.scope, str | int | ContextVar) and not callable(self.scope):
             raise TypeError(f"scope must be a value, a ContextVar or a function, not {type(self.scope).__name__}")
-        own: Any = self.cache
-        if isinstance(own, AsyncCache) and hasattr(own, "rules"):
-            own.rules(self.policy, **self.changes)  # what it can't do is said now
+        rules: Any = getattr(self.cache, "rules", None) if isinstance(self.cache, AsyncCache) else None
+        if rules is not None:
+            rules(self.policy, **self.changes)  # what it can't do is said now
         else:
             from ._policy import changed  # noqa: PLC0415  # decorating needs it, importing the package does not
 

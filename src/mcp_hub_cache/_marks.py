@@ -48,7 +48,7 @@ class _Known:
     def __init__(self, mark: bytes | None, part: Part | None) -> None:
         self.mark = mark
         self.part = part  # None: nothing tells of its changes
-        self.lives_until = -math.inf  # at least, on the store's clock
+        self.lives_until = -math.inf  # at least, on the store's clock, by which it expires
 
     def stands(self) -> bool:
         return self.part is not None and self.part.holds()
@@ -233,11 +233,11 @@ class Marks:
         """See that *marks* live for *keep* seconds more, where they stand. Waits for nothing."""
         if self._leases is None:
             return
-        until = self._store.now() + keep
+        now = self._store.now()
         for digest, mark in marks:
             key = self._key(root, digest)
             known = self._known.get(key)
-            if mark == OWNED or (known is not None and known.mark == mark and known.lives_until >= until):
+            if mark == OWNED or (known is not None and known.mark == mark and known.lives_until >= now + keep):
                 continue
             # A power of two that is more than enough: writes of like entries then need not ask again and again, and
             # share their batches.
@@ -246,7 +246,7 @@ class Marks:
             future = self._lines.write(self._renewal(hold), key, held)
             future.add_done_callback(heed)
             if known is not None and known.mark == mark:
-                known.lives_until = self._store.now() + hold
+                known.lives_until = now + hold
 
     def _renewal(self, hold: float) -> Any:
         assert self._leases is not None
