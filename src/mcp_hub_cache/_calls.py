@@ -71,7 +71,7 @@ class Options(NamedTuple):
             )
         if self.scope is not None and not isinstance(self.scope, str | int | ContextVar) and not callable(self.scope):
             raise TypeError(f"scope must be a value, a ContextVar or a function, not {type(self.scope).__name__}")
-        rules = getattr(self.cache, "rules", None) if isinstance(self.cache, AsyncCache) else None
+        rules: Any = getattr(self.cache, "rules", None) if isinstance(self.cache, AsyncCache) else None
         if rules is not None:
             rules(self.policy, **self.changes)  # what it can't do is said now
         else:

@@ -168,7 +168,9 @@ class Leader:
             self._say_uncacheable(refused)
             return
         marks = trip.marks if self._decided.tags_added is None else await self._late_marks(trip)
-        if marks is not None and len(marks) >= len(trip.digests):
+        if marks is None or len(marks) < len(trip.digests):
+            trip.doubtful = True
+        else:
             outcome = await self._writes.put(self._session, self._framed(trip, FAILURE, payload, Life(ttl), 0.0, marks))
             self._stored = outcome == "done"
 
@@ -188,13 +190,13 @@ class Leader:
         codec, payload = 0, None
         if life is not None or len(flight.waiters) > 1:  # or else only to copy it for the others
             codec, payload = self._try_encode(value, wanted=life is not None)
-        doubtful, outcome = False, None
+        outcome = None
         stores = life is not None and payload is not None and trip.begun is not None
         # Who came late must know, be it stored or not.
         if stores or (self._decided.tags_added is not None and self._turn.any is not None):
             marks = trip.marks if self._decided.tags_added is None else await self._late_marks(trip)
             if marks is None or len(marks) < len(trip.digests):
-                doubtful = True  # they could not be had, or came too late to be sure of
+                trip.doubtful = True  # they could not be had, or came too late to be sure of
             elif stores and life is not None and payload is not None and not flight.detached:
                 taken = self._turn.taken
                 if taken is not None and value is self._decided.unchanged:
@@ -208,7 +210,7 @@ class Leader:
             self._passes = plan.rules.fleet
             if plan.refresh and outcome != "refused" and not flight.detached:
                 await self._writes.withdraw(self._session, self._key)
-        return Landed(value, codec, payload, plan.classes, cost, doubtful)
+        return Landed(value, codec, payload, plan.classes, cost)
 
     def _life(self, value: Any) -> Life | None:
         """How long *value* is to live; None: it is not to be stored."""

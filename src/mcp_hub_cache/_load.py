@@ -218,10 +218,15 @@ class Loads:
             tell_read(None, plan.observers)
         elif plan.rules.soft_timeout == 0 and not flight.landed:
             return self._stand_in(spare, plan)
-        landed = await self._wait(flight, plan, spare)
+        try:
+            landed = await self._wait(flight, plan, spare)
+        except Exception:
+            if late and flight.cargo.doubtful:
+                return AGAIN
+            raise
         if type(landed) is not Landed:
             return landed
-        if landed.doubtful and late:
+        if late and flight.cargo.doubtful:
             return AGAIN
         for observer in plan.observers:
             observer.coalesced()

@@ -49,7 +49,7 @@ class _Known:
     def __init__(self, mark: bytes | None, part: Part | None) -> None:
         self.mark = mark
         self.part = part  # None: nothing tells of its changes
-        self.lives_until = -math.inf  # at least, on the store's clock
+        self.lives_until = -math.inf  # at least, on the store's clock, by which it expires
 
     def stands(self, now: float) -> bool:
         # Where nothing stands, nothing can end by time.

@@ -92,9 +92,19 @@ class Placeholders:
         before = self._held.get(key)
         if not begun.leader and (before is None or before.fence != begun.fence):
             return None
+        return self._hold(key, begun)
+
+    def _hold(self, key: bytes, begun: Begun) -> Held:
         held = self._held[key] = Held(key, begun.fence)
         if self._leases is not None and (self._renewer is None or self._renewer.done()):
             self._renewer = asyncio.create_task(self._renew_all(), name="mcp-hub-cache placeholders")
+        return held
+
+    def share(self, key: bytes, begun: Begun) -> Held:
+        """Keep what was found alive, which several loads have for their fence: ``Kind.OVER`` under an entry's key."""
+        held = self._hold(key, begun)
+        if self._leases is not None:  # at once: it may not live for as long as the renewer takes to come round
+            self._lines.write(self._renew, key, held).add_done_callback(heed)
         return held
 
     def end(self, held: Held, *, stored: bool, over: Over | None = None) -> None:

@@ -53,6 +53,7 @@ class Trip:
         ahead: There is something fresh: who asks for it need not wait.
         behind: Nobody waits for it: it goes on in the background from the start.
         shared: An entry of no use stands there: a fleet is to load it once, all the same.
+        doubtful: Something was invalidated meanwhile that may concern it: who came after that loads again.
         tags: The entry's, as far as they are known before the load.
         digests: Of these.
         begun: What was found at the beginning; None: not begun yet, or not to be had.
@@ -62,7 +63,7 @@ class Trip:
     """
 
     __slots__ = (
-        "ahead", "begun", "behind", "digests", "look", "marks", "part", "seen", "shared", "spare", "tags"
+        "ahead", "begun", "behind", "digests", "doubtful", "look", "marks", "part", "seen", "shared", "spare", "tags"
     )  # fmt: skip
 
     def __init__(
@@ -79,6 +80,7 @@ class Trip:
         self.ahead = ahead
         self.behind = behind
         self.shared = False
+        self.doubtful = False
         self.tags = tags
         self.digests = tuple(map(tag_digest, tags)) if tags else ()
         self.begun: Begun | None = None
@@ -112,7 +114,6 @@ class Landed(NamedTuple):
         payload: None: it can't be encoded, so all waiters share the one object.
         classes: What may be revived.
         cost: Seconds the load took.
-        doubtful: Something was invalidated meanwhile that may concern it: who came after that loads again.
     """
 
     value: Any
@@ -120,7 +121,6 @@ class Landed(NamedTuple):
     payload: bytes | memoryview | None
     classes: ClassSet
     cost: float
-    doubtful: bool = False
 
     def copy(self) -> Any:
         """Return the value, for one more reader."""

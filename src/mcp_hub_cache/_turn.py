@@ -56,7 +56,7 @@ class Turn:
         any: The mark of any invalidation; None: it could not be had, nor any other.
     """
 
-    __slots__ = ("_engine", "_key", "_plan", "_reads", "_root", "_session", "_trip", "any", "held", "taken")
+    __slots__ = ("_engine", "_key", "_plan", "_reads", "_root", "_session", "_shares", "_trip", "any", "held", "taken")
 
     def __init__(self, engine: Engine, reads: Reads, key: bytes, plan: Plan, trip: Trip) -> None:
         self._engine = engine
@@ -66,6 +66,7 @@ class Turn:
         self._root = engine.root(key)
         self._plan = plan
         self._trip = trip
+        self._shares = False
         self.held: dict[bytes, Held] = {}
         self.taken: Frame | None = None
         self.any: bytes | None = None
@@ -107,7 +108,9 @@ class Turn:
                 over = Over(rest_for, self._trip.seen, rests=True)
             elif passes:
                 over = Over(OVER, new_token(), rests=False)
-            self._session.placeholders.end(held, stored=stored and at is self._key, over=over)
+            # What is shared is left to the others, who may still have it for their fence; it ends by time.
+            left = at is self._key and (stored or self._shares)
+            self._session.placeholders.end(held, stored=left, over=over)
 
     async def _queue(self, rival: _Rival) -> Landed | None:
         """Wait until it is this process's turn to load, where a fleet shares loads; what was found by then."""
@@ -156,9 +159,14 @@ class Turn:
             kind = None if head is None else head.kind
             if kind == Kind.PLACEHOLDER:
                 return self._rival(self._key, begun)
+            if kind == Kind.OVER:
+                # Nobody queues for it: whoever loads now does so under one fence, and the first to store wins.
+                self.held[self._key] = self._session.placeholders.share(self._key, begun)
+                self._shares = True
+                return None
             # An entry of no use stands there.
             self._trip.shared = plan.rules.fleet
-            if alone or kind == Kind.OVER or not (self._trip.shared or self._trip.spare is not None):
+            if alone or not (self._trip.shared or self._trip.spare is not None):
                 return None
 
     async def _plant(self) -> Begun | None:
