@@ -237,6 +237,9 @@ CASES = {
 }
 
 
+OVER_FILES = {"two caches", "a static tag, one cache", "a tag added, one cache"}
+
+
 async def play(store: Any, case: Case, *, coherent: bool | None = None) -> Play:
     """Play all orders of a case."""
     played = Play(store, case.steps, caches=case.caches, tag=case.tag, coherent=coherent)
@@ -248,6 +251,8 @@ async def play(store: Any, case: Case, *, coherent: bool | None = None) -> Play:
 @pytest.mark.timeout(600)  # a minute over files, where the machine is busy
 @pytest.mark.parametrize("case", CASES)
 async def test_nothing_old_is_ever_at_rest(store: Any, case: str) -> None:
+    if store.name == "file" and case not in OVER_FILES:
+        pytest.skip("takes half a minute over files; played over memory and Valkey")
     played = await play(store, CASES[case])
     assert not played.bad, "\n".join(played.bad)
     assert played.orders >= CASES[case].orders

@@ -83,7 +83,7 @@ class Turn:
         if self.any is None or trip.digests:
             taking = marks.take(self._root, (ANY_DIGEST, *trip.digests))
         found = await self._ask()
-        if type(found) is _Rival:
+        if type(found) is _Rival and self._plan.rules.fleet and not self._plan.refresh:
             found = await self._queue(found)
             if trip.digests:  # what was invalidated while another loaded need not be held against this load
                 taking = marks.take(self._root, (ANY_DIGEST, *trip.digests))
@@ -113,10 +113,8 @@ class Turn:
             self._session.placeholders.end(held, stored=left, over=over)
 
     async def _queue(self, rival: _Rival) -> Landed | None:
-        """Wait until it is this process's turn to load, where a fleet shares loads; what was found by then."""
+        """Wait until it is this process's turn to load; what was found by then."""
         rules = self._plan.rules
-        if not rules.fleet or self._plan.refresh:
-            return None
         deadline = monotonic() + rules.wait_timeout
         while await self._session.rivals.over(rival.key, rival.token, deadline):
             found = await self._ask()

@@ -20,6 +20,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache, lru_cache
 from typing import Any, Final
 
 _OPENAT2: Final = 437  # on every architecture but alpha
@@ -98,6 +99,7 @@ class Memory:
         return bytes(self._view[:size])
 
 
+@cache  # the same for all of a process
 def _opener() -> Callable[[str], int] | None:
     """What opens a file whose path is in memory: its number, or an error's less than 0. None: not on this system."""
     if sys.platform != "linux" or os.uname().machine == "alpha":
@@ -123,7 +125,14 @@ def _opener() -> Callable[[str], int] | None:
 
 def _is_tmpfs(path: str) -> bool:
     try:
-        device = os.stat(path).st_dev
+        return _is_tmpfs_device(os.stat(path).st_dev)
+    except OSError:
+        return False
+
+
+@lru_cache(maxsize=64)  # folders of one device come and go
+def _is_tmpfs_device(device: int) -> bool:
+    try:
         wanted = f"{os.major(device)}:{os.minor(device)}"
         with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
             return any(line.split()[2] == wanted and " - tmpfs " in line for line in mounts)
