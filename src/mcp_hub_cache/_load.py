@@ -219,7 +219,12 @@ class Loads:
         elif plan.rules.soft_timeout == 0 and not flight.landed:
             return self._stand_in(spare, plan)
         try:
-            landed = await self._wait(flight, plan, spare)
+            if spare is None and not plan.rules.stale_ttl:
+                landed = await flight.home.wait(flight)  # nothing could stand in: a layer less for each of a thousand
+            else:
+                landed = await self._wait(flight, plan, spare)
+        except NothingToDoError:
+            return AGAIN
         except Exception:
             if late and flight.cargo.doubtful:
                 return AGAIN
