@@ -27,6 +27,7 @@ _RESULTS = """\
 ## Results
 
 A ratio is ours over theirs: of rates where at least so much is wanted (≥), of times where at most (≤).
+[Where the time goes](profile.md) has the profiles of what falls short.
 """
 
 _METHOD = """\
