@@ -208,7 +208,7 @@ class Turn:
         if begun is not None and head is not None and head.kind == Kind.OVER:
             now = self._engine.store.now()
             if not head.fresh_until:  # a load has just ended without a value: there is no line to stand in
-                return self._rival(at, begun)
+                return None
             if (
                 is_fresh(head, now)
                 and head.token == self._trip.seen
