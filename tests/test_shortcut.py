@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from mcp_hub_cache import Cache, MemoryCache, UncacheableError, acached
-from mcp_hub_cache._engine import Engine
+from mcp_hub_cache._reads import Reads
 from mcp_hub_cache._shortcut import CURRENT
 from mcp_hub_cache._stats import Counters
 from mcp_hub_cache.stores.memory import MemoryStore
@@ -60,13 +60,13 @@ async def cache(store: MemoryStore) -> typing.AsyncIterator[Cache]:
 def full_path(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """The keys that were looked up by the full path."""
     seen: list[bytes] = []
-    look_up = Engine.look_up
+    look_up = Reads.look_up
 
-    async def noted(self: Engine, session: Any, key: bytes, *args: Any, **options: Any) -> Any:
+    async def noted(self: Reads, session: Any, key: bytes, *args: Any, **options: Any) -> Any:
         seen.append(key)
         return await look_up(self, session, key, *args, **options)
 
-    monkeypatch.setattr(Engine, "look_up", noted)
+    monkeypatch.setattr(Reads, "look_up", noted)
     return seen
 
 
