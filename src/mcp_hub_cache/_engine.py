@@ -110,7 +110,7 @@ class Session:
 
 
 class Engine:
-    """The session and the reads of one store. See the module for the rules."""
+    """The session of one store, and who is told of trouble with it. See the module for the rules."""
 
     def __init__(
         self,
@@ -210,16 +210,19 @@ class Engine:
             self.warn_once(f"store {error.kind}", f"{self.store.name} cache: {error}")
 
     def damaged(self, key: bytes, reason: str, error: Exception) -> None:
+        """Count what stands under *key* and can't be read, and log it once, by digest."""
         self.tell_all(lambda observer: observer.error(reason))
         digest = blake2b(key, digest_size=8).hexdigest()
         hint = f" ({error}; was it stored with another as_type?)" if isinstance(error, DecodeError) else ""
         self.warn_once(f"{digest} {reason}", f"entry with key digest {digest} is {reason}{hint}; treated as a miss")
 
     def tell_all(self, tell: Callable[[Observer], None]) -> None:
+        """Call *tell* with every observer."""
         for observer in self.observers:
             tell(observer)
 
     def warn_once(self, topic: str, text: str) -> None:
+        """Log *text*, the first time that there is one on *topic*."""
         if topic not in self._warned and len(self._warned) < _MAX_WARNED:
             self._warned.add(topic)
             log.warning("%s", text)

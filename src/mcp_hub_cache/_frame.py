@@ -277,10 +277,11 @@ def placeholder(key: bytes, token: bytes, now: float, hold: float) -> bytes:
     return frame_of_kind(Kind.PLACEHOLDER, key, token, now, hold)
 
 
-def frame_of_kind(kind: Kind, key: bytes, token: bytes, now: float, keep: float) -> bytes:
-    """Return a frame that says what it is, and nothing else, for *keep* seconds."""
+def frame_of_kind(kind: Kind, key: bytes, token: bytes, now: float, keep: float, *, fresh: bool = True) -> bytes:
+    """Return a frame that says what it is, and nothing else, for *keep* seconds; not *fresh*: it is at no time."""
     until = now + keep
-    return pack(key, b"", kind=kind, token=token, created=now, fresh_until=until, keep_until=until)
+    fresh_until = until if fresh else 0.0  # on nobody's clock
+    return pack(key, b"", kind=kind, token=token, created=now, fresh_until=fresh_until, keep_until=until)
 
 
 def key_of(data: bytes) -> bytes:

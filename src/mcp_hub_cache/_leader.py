@@ -167,10 +167,8 @@ class Leader:
         except UncacheableError as refused:
             self._say_uncacheable(refused)
             return
-        marks = trip.marks if self._decided.tags_added is None else await self._late_marks(trip)
-        if marks is None or len(marks) < len(trip.digests):
-            trip.doubtful = True
-        else:
+        marks = await self._marks(trip)
+        if marks is not None:
             outcome = await self._writes.put(self._session, self._framed(trip, FAILURE, payload, Life(ttl), 0.0, marks))
             self._stored = outcome == "done"
 
@@ -194,10 +192,8 @@ class Leader:
         stores = life is not None and payload is not None and trip.begun is not None
         # Who came late must know, be it stored or not.
         if stores or (self._decided.tags_added is not None and self._turn.any is not None):
-            marks = trip.marks if self._decided.tags_added is None else await self._late_marks(trip)
-            if marks is None or len(marks) < len(trip.digests):
-                trip.doubtful = True  # they could not be had, or came too late to be sure of
-            elif stores and life is not None and payload is not None and not flight.detached:
+            marks = await self._marks(trip)
+            if marks is not None and life is not None and payload is not None and stores and not flight.detached:
                 taken = self._turn.taken
                 if taken is not None and value is self._decided.unchanged:
                     outcome = await self._let_live(trip, taken, life, marks)
@@ -228,6 +224,14 @@ class Leader:
                 return None
             ttl = seconds(given, "what the function for the ttl returns")
         return Life(ttl, rules.stale_ttl, min(rules.jitter, ttl / 2))
+
+    async def _marks(self, trip: Trip) -> tuple[Mark, ...] | None:
+        """The marks of the entry; None: they could not be had, or came too late to be sure of, which the trip says."""
+        marks = trip.marks if self._decided.tags_added is None else await self._late_marks(trip)
+        if marks is None or len(marks) < len(trip.digests):
+            trip.doubtful = True
+            return None
+        return marks
 
     async def _late_marks(self, trip: Trip) -> tuple[Mark, ...] | None:
         """The marks of the entry, with those of tags that the loader has added; None: too late to be sure of."""

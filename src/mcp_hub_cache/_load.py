@@ -123,8 +123,7 @@ class Loads:
     ) -> Any:
         tell_read(hit, plan.observers)
         if plan.rules.early and not session.rests.has(key, hit.head.token) and self._is_due(session, key, hit, plan):
-            trip = Trip((*plan.rules.tags, *tags()), seen=hit.head.token, ahead=True, behind=True)
-            self._refresh(session, key, loader, plan, trip)
+            self._refresh(session, key, hit, loader, plan, tags)
         if hit.head.codec == FAILURE:
             raise hit.value
         if hit.near is not None and name is not None and plan.shortcut is not None:
@@ -138,7 +137,7 @@ class Loads:
             return near.is_due()
         ahead = lead(hit.head.cost, plan.rules.early, self._engine.draw())
         if near is None:
-            if hit.head.fresh_until - self._engine.store.now() <= ahead:
+            if hit.head.fresh_until - self._engine.now() <= ahead:
                 return True
             near = session.l1.peek(key)
         if near is not None:
@@ -159,14 +158,23 @@ class Loads:
             return True
         if plan.rules.soft_timeout != 0:
             return False
-        trip = Trip((*plan.rules.tags, *tags()), spare=spare, seen=spare.head.token, behind=True)
-        self._refresh(session, key, loader, plan, trip)
+        self._refresh(session, key, spare, loader, plan, tags)
         return True
 
-    def _refresh(self, session: Session, key: bytes, loader: Loader[Any], plan: Plan, trip: Trip) -> None:
-        """Load in the background, unless that is done already or too much of it."""
+    def _refresh(  # noqa: PLR0917  # the same
+        self,
+        session: Session,
+        key: bytes,
+        hit: Hit,
+        loader: Loader[Any],
+        plan: Plan,
+        tags: Callable[[], Iterable[str]],
+    ) -> None:
+        """Load in the background what *hit* is to be replaced by, unless that is done already or too much of it."""
         if session.flights.joinable(key) is not None or session.behind >= self._max_refreshes:
             return
+        spare = None if hit.stale is None else hit
+        trip = Trip((*plan.rules.tags, *tags()), spare=spare, seen=hit.head.token, ahead=spare is None, behind=True)
         work = Leader(self._engine, self._reads, self._writes, key, loader, plan, reachable=True).fly
         try:
             flight, _ = session.flights.board(key, plan.name, work, group=plan.owner, cargo=trip, kept=True)
@@ -267,7 +275,7 @@ class Loads:
         spare: Hit | None = flight.cargo.spare
         if spare is None or spare.stale is None or not plan.rules.stale_ttl or plan.refresh:
             return None
-        if self._engine.store.now() >= spare.head.fresh_until + plan.rules.stale_ttl:
+        if self._engine.now() >= spare.head.fresh_until + plan.rules.stale_ttl:
             return None
         if is_immutable(spare.value):
             return spare

@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 
 from ._direct import Direct
 from ._exceptions import StoreError
-from ._frame import Kind, pack
+from ._frame import Kind, frame_of_kind
 from ._lines import Lines
 from ._protocols import Begun, Held, Leases, Store, Write
 
@@ -114,17 +114,7 @@ class Placeholders:
             return
         del self._held[key]
         if over is not None and not stored:
-            now = self._store.now()
-            until = now + over.seconds
-            frame = pack(
-                key,
-                b"",
-                kind=Kind.OVER,
-                token=over.token,
-                created=now,
-                fresh_until=until if over.rests else 0.0,  # at no time, on whose clock ever
-                keep_until=until,
-            )
+            frame = frame_of_kind(Kind.OVER, key, over.token, self._store.now(), over.seconds, fresh=over.rests)
             self._lines.write(self._write, key, Write(key, frame, over.seconds, held.fence)).add_done_callback(heed)
         elif not stored and self._leases is not None:
             self._lines.write(self._release, key, held).add_done_callback(heed)

@@ -32,7 +32,7 @@ from ._steps import LARGE, copied, last
 _ENTRY: Final = int(Kind.ENTRY)  # an Enum's members are looked up slowly
 
 MISS: Final = object()
-"""What ``Engine.fetch`` answers where there is no fresh value."""
+"""What ``Reads.fetch`` answers where there is no fresh value."""
 
 
 class Hit(NamedTuple):

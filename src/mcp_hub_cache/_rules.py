@@ -1,6 +1,6 @@
 """``Rules``: what a policy means for one cache, as the engine takes it.
 
-Strategy: a policy is made resolved once and known from then on, by its identity and the changes that a call makes to
+Strategy: a policy is resolved once and known from then on, by its identity and the changes that a call makes to
 it: ``get_or_load`` may say them anew with every call.
 """
 

@@ -52,7 +52,6 @@ class Trip:
         seen: The token of what was found; the flight is to replace that very entry.
         ahead: There is something fresh: who asks for it need not wait.
         behind: Nobody waits for it: it goes on in the background from the start.
-        shared: An entry of no use stands there: a fleet is to load it once, all the same.
         doubtful: Something was invalidated meanwhile that may concern it: who came after that loads again.
         tags: The entry's, as far as they are known before the load.
         digests: Of these.
@@ -63,7 +62,7 @@ class Trip:
     """
 
     __slots__ = (
-        "ahead", "begun", "behind", "digests", "doubtful", "look", "marks", "part", "seen", "shared", "spare", "tags"
+        "ahead", "begun", "behind", "digests", "doubtful", "look", "marks", "part", "seen", "spare", "tags"
     )  # fmt: skip
 
     def __init__(
@@ -79,7 +78,6 @@ class Trip:
         self.seen = seen
         self.ahead = ahead
         self.behind = behind
-        self.shared = False
         self.doubtful = False
         self.tags = tags
         self.digests = tuple(map(tag_digest, tags)) if tags else ()
@@ -94,7 +92,7 @@ class Trip:
 
     def surely_stands(self) -> bool:
         """Whether nobody need be asked for who comes now to join the load."""
-        return not self.marks and (self.spare is None or not self.hangs_on()) and self.is_unmoved()
+        return not self.hangs_on() and self.is_unmoved()
 
     def hangs_on(self) -> tuple[Mark, ...]:
         """The marks that must stand for who comes now: of the load, and of what may stand in for it."""

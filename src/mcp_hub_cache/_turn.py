@@ -56,7 +56,20 @@ class Turn:
         any: The mark of any invalidation; None: it could not be had, nor any other.
     """
 
-    __slots__ = ("_engine", "_key", "_plan", "_reads", "_root", "_session", "_shares", "_trip", "any", "held", "taken")
+    __slots__ = (
+        "_engine",
+        "_key",
+        "_plan",
+        "_reads",
+        "_root",
+        "_session",
+        "_shares",
+        "_trip",
+        "_useless",
+        "any",
+        "held",
+        "taken",
+    )
 
     def __init__(self, engine: Engine, reads: Reads, key: bytes, plan: Plan, trip: Trip) -> None:
         self._engine = engine
@@ -67,6 +80,7 @@ class Turn:
         self._plan = plan
         self._trip = trip
         self._shares = False
+        self._useless = False
         self.held: dict[bytes, Held] = {}
         self.taken: Frame | None = None
         self.any: bytes | None = None
@@ -142,7 +156,7 @@ class Turn:
         plan = self._plan
         alone = alone or plan.refresh
         while True:
-            leased = self._trip.spare is not None or self._trip.ahead or self._trip.shared
+            leased = self._trip.spare is not None or self._trip.ahead or (self._useless and plan.rules.fleet)
             if leased and not alone:
                 alone = True
                 rival = await self._ask_beside()
@@ -162,9 +176,9 @@ class Turn:
                 self.held[self._key] = self._session.placeholders.share(self._key, begun)
                 self._shares = True
                 return None
-            # An entry of no use stands there.
-            self._trip.shared = plan.rules.fleet
-            if alone or not (self._trip.shared or self._trip.spare is not None):
+            # An entry stands there that is of no use: a fleet is to load it once, all the same.
+            self._useless = True
+            if alone or not (plan.rules.fleet or self._trip.spare is not None):
                 return None
 
     async def _plant(self) -> Begun | None:
@@ -206,7 +220,7 @@ class Turn:
         begun = await session.placeholders.begin(at)
         head = None if begun is None else head_of(begun)
         if begun is not None and head is not None and head.kind == Kind.OVER:
-            now = self._engine.store.now()
+            now = self._engine.now()
             if not head.fresh_until:  # a load has just ended without a value: there is no line to stand in
                 return None
             if (
