@@ -89,7 +89,8 @@ class Flight:
     value: Any
     order: Order
     saw: Entry | Place | None = None
-    detached: bool = False  # its own process has changed the key
+    tags: frozenset[str] = frozenset()  # of its entry, and of what may stand in for that meanwhile
+    detached: bool = False  # its own process has changed the key, or invalidated one of these
     invalid: bool = False  # one of its tags was invalidated
     doubtful: bool = False  # one of those may have been that it adds
 
@@ -131,6 +132,13 @@ class Model:
         """The entry that is there, be it stale."""
         frame = self.frame(key)
         return frame if isinstance(frame, Entry) and not frame.invalid else None
+
+    def spare(self, key: str, order: Order) -> Entry | None:
+        """The stale value that may stand in."""
+        entry = self.usable(key)
+        if entry is None or entry.failure or not entry.fresh_until <= self.now < entry.fresh_until + order.stale_ttl:
+            return None
+        return entry
 
     def fresh(self, key: str) -> Entry | None:
         """The fresh value, which alone anybody speaks of."""
@@ -202,7 +210,7 @@ class Model:
         for flights in self.flights.values():
             for flight in flights:
                 flight.invalid |= tag in flight.order.tags
-                flight.detached |= tag in flight.order.tags and flight.process == process
+                flight.detached |= tag in flight.tags and flight.process == process
                 flight.doubtful |= bool(flight.order.added - flight.order.tags)
 
     # Loads that take their time
@@ -215,7 +223,8 @@ class Model:
         )
 
     def start(self, process: int, key: str, order: Order, value: Any) -> Flight:
-        flight = Flight(process, value, order)
+        spare = self.spare(key, order)
+        flight = Flight(process, value, order, tags=order.tags if spare is None else order.tags | spare.tags)
         self.detach(process, key)  # what is there already is none to join
         frame = self.frame(key)
         if frame is None:
@@ -250,9 +259,7 @@ class Model:
                 return Answer(entry.value)
             if order.errors_ttl is not None:
                 return Answer(raises=Listed)
-        spare = entry
-        if entry is None or entry.failure or not entry.fresh_until <= self.now < entry.fresh_until + order.stale_ttl:
-            spare = None
+        spare = self.spare(key, order)
         if spare is None or order.refresh:
             return self._call(process, key, order, value, spare)
         if spare.rests(process, self.now):

@@ -190,8 +190,8 @@ class Steps:
     async def clear(self, prefix: bytes, /) -> int:
         return int(await self._store.clear(prefix))
 
-    async def ping(self) -> None:
-        await self._store.ping()
+    async def ping(self, lane: Hashable = None, /) -> None:
+        await self._store.ping(lane)
 
     async def info(self) -> Mapping[str, str | int | float]:
         return await self._store.info()  # type: ignore[no-any-return]

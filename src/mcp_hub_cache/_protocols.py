@@ -94,7 +94,7 @@ class Store(Protocol):
         ...
 
     def lane(self, key: bytes, /) -> Hashable:
-        """Which requests may share a batch: those with equal lanes."""
+        """Which requests may share a batch, and fail together: those with equal lanes."""
         ...
 
     def get_many(self, keys: Sequence[bytes], /) -> Awaitable[list[bytes | None]]:
@@ -129,8 +129,8 @@ class Store(Protocol):
         """Remove what starts with *prefix*, placeholders too; answer how many entries (``Kind.ENTRY``)."""
         ...
 
-    def ping(self) -> Awaitable[None]:
-        """Return if the store serves now, raise ``StoreError`` if not."""
+    def ping(self, lane: Hashable = None, /) -> Awaitable[None]:
+        """Return if what serves the keys of *lane* answers now, raise ``StoreError`` if not. None: the whole store."""
         ...
 
     def info(self) -> Awaitable[Mapping[str, str | int | float]]:
@@ -239,6 +239,14 @@ class Monitored(Protocol):
     def serving(self) -> str:
         """The name of the store that serves now."""
         ...
+
+
+@runtime_checkable
+class Replaceable(Protocol):
+    """A store whose server may turn out to be another one: restarted, promoted, restored."""
+
+    on_replaced: Callable[[], None] | None
+    """Called on the event loop, before any answer of the other server is handed out: its last changes may be lost."""
 
 
 @runtime_checkable

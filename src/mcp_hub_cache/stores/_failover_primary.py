@@ -12,7 +12,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Final, TypeVar, cast
 
@@ -180,9 +180,9 @@ class Primary:
 
     # The rest
 
-    async def ping(self) -> None:
+    async def ping(self, lane: Hashable) -> None:
         """See ``Store``."""
-        await self._told("ping", self.store.ping())
+        await self._told("ping", self.store.ping(lane))
 
     async def info(self) -> Mapping[str, str | int | float]:
         """See ``Store``."""

@@ -299,9 +299,9 @@ class FailoverStore:
 
     # The stores themselves
 
-    async def ping(self) -> None:
+    async def ping(self, lane: Hashable = None, /) -> None:
         """Ask the primary, whoever serves. An answer while the breaker is open has it probed at once."""
-        await self._primary.ping()
+        await self._primary.ping(lane)
         if not self._keeper.up:
             self._keeper.wake()
 

@@ -247,7 +247,7 @@ class FileStore:
             raise trouble
         return total
 
-    def ping(self) -> Awaitable[None]:
+    def ping(self, _lane: Hashable = None, /) -> Awaitable[None]:
         """Return if the folder is there, or can be made, and takes a file. Leaves none."""
         return self._job(self._folder.probe)
 

@@ -262,7 +262,7 @@ class MemoryStore:
             await asyncio.sleep(0)
         return total
 
-    def ping(self) -> Awaitable[None]:
+    def ping(self, _lane: Hashable = None, /) -> Awaitable[None]:
         """Always serves."""
         return Done(None)
 

@@ -363,9 +363,11 @@ class RedisStore:
 
     # The server
 
-    async def ping(self) -> None:
+    async def ping(self, lane: Hashable = None, /) -> None:
         """See ``Store.ping``."""
-        await self._wires.get().reads.send(pack((b"PING",)), 1, self._pong, again=True)
+        wires = self._wires.get()
+        wire = wires.reads if lane is None else wires.bulk
+        await wire.send(pack((b"PING",)), 1, self._pong, again=True)
 
     def _pong(self, replies: list[Any]) -> None:
         self._plain(replies[0], bytes)

@@ -121,9 +121,9 @@ class FaultyStore:
         result: int = await self._guarded("clear", lambda: self._store.clear(prefix))
         return result
 
-    async def ping(self) -> None:
+    async def ping(self, lane: Hashable = None, /) -> None:
         """See ``Store``."""
-        await self._guarded("ping", self._store.ping)
+        await self._guarded("ping", lambda: self._store.ping(lane))
 
     async def info(self) -> Mapping[str, str | int | float]:
         """See ``Store``."""
