@@ -222,6 +222,7 @@ class Turn:
         if begun is not None and head is not None and head.kind == Kind.OVER:
             now = self._engine.now()
             if not head.fresh_until:  # a load has just ended without a value: there is no line to stand in
+                self.held[at] = session.placeholders.share(at, begun)  # to say there that the next try rests, if so
                 return None
             if (
                 is_fresh(head, now)
