@@ -48,6 +48,17 @@ class CacheOptions(TypedDict, total=False):
     observer: Observer | None
 
 
+class FailoverOptions(TypedDict, total=False):
+    """When a server counts as away, and what is done then; see ``FailoverStore``. Seconds are floats here."""
+
+    failures: int
+    slow_after: float
+    probe_after: float
+    probe_max: float
+    standby_ttl: float
+    max_journal: int
+
+
 class MemoryCache(Cache):
     """A cache in this process's memory.
 
@@ -90,6 +101,8 @@ class RedisCache(Cache):
         tls_insecure: Do not verify the server's certificate. Anybody between you and it can then read and forge.
         max_connections: At most so many connections; 1 or more. With 1 there is no near cache.
         fallback: A store that serves while the server is away, such as ``FileStore("cache")``.
+        failover: When that is: ``failures`` in a row (3), ``slow_after`` so many seconds (half of *timeout*), and
+            others; see ``FailoverStore``.
         **options: See ``Cache``.
 
     Raises:
@@ -106,21 +119,25 @@ class RedisCache(Cache):
         tls_insecure: bool = False,
         max_connections: int = 50,
         fallback: Store | None = None,
+        failover: FailoverOptions | None = None,
         **options: Unpack[CacheOptions],
     ) -> None:
         from .stores.redis import RedisStore
 
+        timeout = seconds(options.get("timeout", 0.5), "timeout")
         store = RedisStore(
             url,
             username=username,
             password=password,
             ca_certs=ca_certs,
             tls_insecure=tls_insecure,
-            timeout=_SHARE * seconds(options.get("timeout", 0.5), "timeout"),
+            timeout=_SHARE * timeout,
             max_connections=max_connections,
             prefix=options.get("prefix", "mcp_hub:"),
         )
-        super().__init__(_guarded(store, fallback, options.get("prefix", "mcp_hub:")), **options)
+        super().__init__(
+            _guarded(store, fallback, options.get("prefix", "mcp_hub:"), timeout, failover or {}), **options
+        )
 
 
 def open_cache(settings: Settings | None = None, **overrides: Any) -> Cache:
@@ -184,7 +201,16 @@ def _store(settings: Settings) -> Store:
         max_connections=settings.redis_max_connections,
         prefix=settings.cache_key_prefix,
     )
-    return _guarded(store, _fallback(settings), settings.cache_key_prefix)
+    failover: FailoverOptions = {
+        "failures": settings.cache_breaker_failures,
+        "probe_after": settings.cache_probe_after,
+        "probe_max": settings.cache_probe_max,
+        "standby_ttl": settings.cache_standby_ttl,
+        "max_journal": settings.cache_max_journal,
+    }
+    if settings.cache_slow_after is not None:
+        failover["slow_after"] = settings.cache_slow_after
+    return _guarded(store, _fallback(settings), settings.cache_key_prefix, settings.cache_timeout, failover)
 
 
 def _fallback(settings: Settings) -> Store | None:
@@ -204,10 +230,13 @@ def _file_store(directory: str | Path, max_bytes: int | None, prefix: str) -> St
     return FileStore(directory, prefix=prefix, max_bytes=max_bytes)
 
 
-def _guarded(store: RedisStore, standby: Store | None, prefix: str) -> FailoverStore:
+def _guarded(
+    store: RedisStore, standby: Store | None, prefix: str, timeout: float, failover: FailoverOptions
+) -> FailoverStore:
     from .stores.failover import FailoverStore
 
-    return FailoverStore(store, standby, prefix=prefix.encode())
+    failover = {"slow_after": timeout / 2, **failover}
+    return FailoverStore(store, standby, prefix=prefix.encode(), journal=repr(store), **failover)
 
 
 _defaults: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Future[Cache]] = WeakKeyDictionary()

@@ -141,6 +141,26 @@ class Settings(BaseSettings):
     cache_timeout: _Duration = Field(
         0.5, description='seconds that the cache may take altogether, more than 0; or text such as "250ms"'
     )
+    cache_breaker_failures: int = Field(
+        3,
+        ge=1,
+        description="a whole number, 1 or more: round trips in a row that fail or are slow, and open the breaker",
+    )
+    cache_slow_after: Annotated[float, BeforeValidator(_ttl)] | None = Field(
+        None,
+        description='seconds, more than 0, from which on a round trip counts as slow; text such as "100ms"; "forever" '
+        "for none; half of CACHE_TIMEOUT where it is not set",
+    )
+    cache_probe_after: _Duration = Field(0.5, description="seconds, more than 0: until a Redis that is away is probed")
+    cache_probe_max: _Duration = Field(
+        15.0, description="seconds between probes at most, no less than CACHE_PROBE_AFTER"
+    )
+    cache_standby_ttl: Annotated[float, BeforeValidator(_ttl)] = Field(
+        60.0, description='seconds, more than 0, or "forever": for which the fallback keeps anything at most'
+    )
+    cache_max_journal: int = Field(
+        10_000, ge=1, description="a whole number, 1 or more: deletes remembered one by one while Redis is away"
+    )
 
     redis_url: Annotated[SecretStr | None, BeforeValidator(_url)] = Field(
         None,
@@ -236,6 +256,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"REDIS_SSL held true, but REDIS_URL held {_held('redis_url', self.redis_url)}, which has no TLS; "
                 "REDIS_SSL=true takes a URL that starts with rediss://"
+            )
+        if self.cache_probe_max < self.cache_probe_after:
+            raise ValueError(
+                f"CACHE_PROBE_MAX held {self.cache_probe_max:g}, CACHE_PROBE_AFTER {self.cache_probe_after:g}; "
+                "CACHE_PROBE_MAX takes no less than CACHE_PROBE_AFTER"
             )
         if self.cache_backend == "redis" and self.redis_ca_certs is not None and not self.redis_ca_certs.is_file():
             raise ValueError(
