@@ -38,7 +38,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Hash
 from contextlib import aclosing, suppress
 from functools import partial
 from operator import attrgetter
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from .._changes import Slot
 from .._exceptions import StoreError
@@ -51,12 +51,9 @@ from ._failover_keeper import Keeper
 from ._failover_pages import Pages
 from ._failover_primary import Frames, Primary, fitted
 from ._failover_relay import relay
+from ._failover_routes import Routes
 from ._failover_standby import Standby
 from ._failover_stopwatch import Stopwatch
-
-T = TypeVar("T")
-I = TypeVar("I")  # noqa: E741  # an item
-A = TypeVar("A")
 
 _KEY: Final[Callable[[Any], bytes]] = attrgetter("key")
 
@@ -136,6 +133,7 @@ class FailoverStore:
         if isinstance(primary, Replaceable):
             primary.on_replaced = self._keeper.replaced
         self._primary = Primary(primary, self._keeper, self._journal)
+        self._routes = Routes(self._primary, self._health, self._keeper)
         self._store = primary
         self._answers_with_futures = not (
             inspect.iscoroutinefunction(primary.get_many) or inspect.iscoroutinefunction(primary.write_many)
@@ -160,82 +158,11 @@ class FailoverStore:
     @property
     def serving(self) -> str:
         """See ``Monitored.serving``: the standby only where no part of the primary serves."""
-        return self._serving().name
+        return self._routes.serving().name
 
     def now(self) -> float:
         """The serving store's clock; see ``Store.now``."""
-        return self._serving().now() if self._health.away else self._store.now()
-
-    # Routing
-
-    def _serving(self) -> Store:
-        """The store whose clock counts now."""
-        if self._health.all_away and (standby := self._health.stand_in(next(iter(self._health.away)))) is not None:
-            return standby.store
-        return self._store
-
-    def _side(self, lane: Hashable) -> Store:
-        """The store whose fences count now, for the keys of *lane*."""
-        if lane in self._health.away and (standby := self._health.stand_in(lane)) is not None:
-            return standby.store
-        return self._store
-
-    def _away(self, lane: Hashable) -> Standby:
-        """The standby, where the breaker of *lane* is open.
-
-        Raises:
-            StoreError: Nothing may stand in.
-        """
-        self._keeper.watch()
-        standby = self._health.stand_in(lane)
-        if standby is None:
-            raise self._health.problem(lane)
-        return standby
-
-    def _instead(self, error: StoreError, lane: Hashable) -> Standby:
-        """The standby, for a call that failed just now.
-
-        Raises:
-            StoreError: *error* itself, where it is no outage or nothing may stand in.
-        """
-        standby = self._health.stand_in(lane) if error.outage else None
-        if standby is None:
-            raise error
-        return standby
-
-    async def _either(
-        self, ask: Callable[[Primary], Awaitable[T]], instead: Callable[[Standby], Awaitable[T]], lane: Hashable = None
-    ) -> T:
-        if not self._keeper.is_ready:
-            await self._keeper.get_ready()
-        if lane not in self._health.away:
-            try:
-                return await ask(self._primary)
-            except StoreError as error:
-                standby = self._instead(error, lane)
-        else:
-            standby = self._away(lane)
-        return await instead(standby)
-
-    async def _each(
-        self,
-        items: Sequence[I],
-        key_of: Callable[[I], bytes],
-        one: Callable[[Sequence[I], Hashable], Awaitable[list[A]]],
-    ) -> list[A]:
-        """Do *one* for the items of each lane by themselves, and return the answers in the order of *items*."""
-        lanes: dict[Hashable, list[int]] = {}
-        for at, item in enumerate(items):
-            lanes.setdefault(self.lane(key_of(item)), []).append(at)
-        if len(lanes) <= 1:
-            return await one(items, next(iter(lanes), None))
-        works = [one([items[at] for at in places], lane) for lane, places in lanes.items()]
-        answers: dict[int, A] = {}
-        for places, part in zip(lanes.values(), await asyncio.gather(*works, return_exceptions=True), strict=True):
-            if isinstance(part, BaseException):
-                raise part
-            answers.update(zip(places, part, strict=True))
-        return [answers[at] for at in range(len(items))]
+        return self._routes.serving().now() if self._health.away else self._store.now()
 
     # Reading
 
@@ -246,7 +173,7 @@ class FailoverStore:
             stopwatch = self._keeper.stopwatch
             asked = asyncio.ensure_future(self._store.get_many(keys))
             return relay(asked, partial(self._got, keys, stopwatch, stopwatch.start()))
-        return self._each(keys, bytes, self._get)
+        return self._routes.each(keys, bytes, self._get)
 
     def _got(
         self, keys: Sequence[bytes], stopwatch: Stopwatch, started: float, asked: asyncio.Future[Frames]
@@ -260,7 +187,7 @@ class FailoverStore:
         return self._get(keys, lane, asked)
 
     async def _get(self, keys: Sequence[bytes], lane: Hashable, asked: Awaitable[Frames] | None = None) -> Frames:
-        return await self._either(
+        return await self._routes.either(
             lambda primary: primary.get_many(keys) if asked is None else primary.read("get", asked, keys),
             lambda standby: standby.get_many(keys),
             lane,
@@ -271,10 +198,10 @@ class FailoverStore:
 
     async def head_many(self, keys: Sequence[bytes], /) -> Frames:
         """See ``Store.head_many``."""
-        return await self._each(
+        return await self._routes.each(
             keys,
             bytes,
-            lambda part, lane: self._either(
+            lambda part, lane: self._routes.either(
                 lambda primary: primary.head_many(part), lambda standby: standby.head_many(part), lane
             ),
         )
@@ -289,11 +216,11 @@ class FailoverStore:
                     async for page in pages:
                         yield page
             except StoreError as error:
-                standby = self._instead(error, None)
+                standby = self._routes.instead(error, None)
             else:
                 return
         else:
-            standby = self._away(next(iter(self._health.away)))
+            standby = self._routes.away(next(iter(self._health.away)))
         async with aclosing(standby.scan(prefix)) as pages:
             async for page in pages:
                 yield page
@@ -302,10 +229,10 @@ class FailoverStore:
 
     async def begin_many(self, keys: Sequence[bytes], /, *, hold: float) -> list[Begun]:
         """See ``Store.begin_many``. The fence is of the store that answered, and good while it serves."""
-        return await self._each(
+        return await self._routes.each(
             keys,
             bytes,
-            lambda part, lane: self._either(
+            lambda part, lane: self._routes.either(
                 lambda primary: primary.begin_many(part, hold=hold),
                 lambda standby: standby.begin_many(part, hold=hold),
                 lane,
@@ -320,7 +247,7 @@ class FailoverStore:
                 stopwatch = self._keeper.stopwatch
                 asked = asyncio.ensure_future(self._store.write_many(sent))
                 return relay(asked, partial(self._wrote, sent, stopwatch, stopwatch.start()))
-        return self._each(writes, _KEY, self._write)
+        return self._routes.each(writes, _KEY, self._write)
 
     def _wrote(
         self, writes: Sequence[Write], stopwatch: Stopwatch, started: float, asked: asyncio.Future[list[Outcome]]
@@ -345,7 +272,7 @@ class FailoverStore:
             await self._keeper.get_ready()
         if lane in self._health.away:
             self._keeper.note(write.key for write in writes if write.fence is None)
-            standby = self._away(lane)
+            standby = self._routes.away(lane)
             outcomes = await standby.write_many(fitted(writes, self.id, standby.store))
             await self._keeper.save()
             return outcomes
@@ -371,23 +298,23 @@ class FailoverStore:
 
     async def patch_many(self, patches: Sequence[Patch], /) -> list[Outcome]:
         """See ``Store.patch_many``."""
-        return await self._each(patches, _KEY, self._patch)
+        return await self._routes.each(patches, _KEY, self._patch)
 
     async def _patch(self, patches: Sequence[Patch], lane: Hashable) -> list[Outcome]:
         if lane in self._health.away:
-            standby = self._away(lane)
+            standby = self._routes.away(lane)
             return await standby.patch_many(fitted(patches, self.id, standby.store))
         return await self._primary.change("patch", self._store.patch_many, fitted(patches, self.id, self._store))
 
     async def delete_many(self, keys: Sequence[bytes], /) -> Frames:
         """See ``Store.delete_many``. What fails is made up for before anything under these keys is read again."""
-        return await self._each(keys, bytes, self._delete)
+        return await self._routes.each(keys, bytes, self._delete)
 
     async def _delete(self, keys: Sequence[bytes], lane: Hashable) -> Frames:
         if lane in self._health.away:
             self._keeper.note(keys)
         try:
-            return await self._either(
+            return await self._routes.either(
                 lambda primary: primary.delete_many(keys), lambda standby: standby.delete_many(keys), lane
             )
         finally:
@@ -399,7 +326,7 @@ class FailoverStore:
         if self._health.away:
             self._keeper.note_prefix(prefix)
         try:
-            return await self._either(
+            return await self._routes.either(
                 lambda primary: primary.clear(prefix), lambda standby: standby.store.clear(prefix), away
             )
         finally:
@@ -416,7 +343,7 @@ class FailoverStore:
     async def info(self) -> Mapping[str, str | int | float]:
         """The primary's facts, or the standby's while it serves; and how the breaker and the journal are."""
         away = next(iter(self._health.away), None)
-        facts = await self._either(lambda primary: primary.info(), lambda standby: standby.store.info(), away)
+        facts = await self._routes.either(lambda primary: primary.info(), lambda standby: standby.store.info(), away)
         return {**facts, **self._health.facts(), "journal": len(self._journal)}
 
     async def aclose(self) -> None:
@@ -470,17 +397,19 @@ class FailoverStore:
         """See ``Used.used_many``: in the store that serves."""
 
         async def used(part: Sequence[bytes], lane: Hashable) -> list[None]:
-            await self._either(lambda primary: primary.used_many(part), lambda standby: standby.used_many(part), lane)
+            await self._routes.either(
+                lambda primary: primary.used_many(part), lambda standby: standby.used_many(part), lane
+            )
             return [None] * len(part)
 
-        await self._each(keys, bytes, used)
+        await self._routes.each(keys, bytes, used)
 
     async def renew_many(self, held: Sequence[Held], /, *, hold: float) -> list[bool]:
         """See ``Leases.renew_many``. A lease of a store that can't be asked now counts as lost."""
 
         async def renew(part: Sequence[Held], lane: Hashable) -> list[bool]:
             renewed = [False] * len(part)
-            part = fitted(part, self.id, self._side(lane))
+            part = fitted(part, self.id, self._routes.side(lane))
             for store, places in self._issuers(part, lane):
                 try:
                     answers = await store.renew_many([part[at] for at in places], hold=hold)
@@ -490,19 +419,19 @@ class FailoverStore:
                     renewed[at] = answer
             return renewed
 
-        return await self._each(held, _KEY, renew)
+        return await self._routes.each(held, _KEY, renew)
 
     async def release_many(self, held: Sequence[Held], /) -> None:
         """See ``Leases.release_many``. One that can't be given back now ends with its hold."""
 
         async def release(part: Sequence[Held], lane: Hashable) -> list[None]:
-            part = fitted(part, self.id, self._side(lane))
+            part = fitted(part, self.id, self._routes.side(lane))
             for store, places in self._issuers(part, lane):
                 with suppress(StoreError):
                     await store.release_many([part[at] for at in places])
             return [None] * len(part)
 
-        await self._each(held, _KEY, release)
+        await self._routes.each(held, _KEY, release)
 
     def _issuers(self, held: Sequence[Held], lane: Hashable) -> list[tuple[Primary | Standby, list[int]]]:
         """The stores that can be asked now, each with the places in *held* that are its own."""
