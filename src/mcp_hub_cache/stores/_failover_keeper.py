@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from typing import Final
 
 from .._exceptions import StoreError, StorePermissionError, StoreTimeoutError
@@ -40,12 +40,13 @@ _BATCH: Final = 256  # deletes replayed in one call
 class _Session:
     """What belongs to one event loop."""
 
-    __slots__ = ("lock", "reading", "stopwatch", "task", "waiters", "wake")
+    __slots__ = ("hurry", "lock", "reading", "stopwatch", "task", "waiters", "wake")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.task: asyncio.Task[None] | None = None
         self.reading: asyncio.Task[None] | None = None
         self.wake = asyncio.Event()
+        self.hurry = False  # look at all that are away, due or not
         self.lock = asyncio.Lock()
         self.waiters: set[asyncio.Future[None]] = set()
         self.stopwatch = Stopwatch(loop)
@@ -146,6 +147,8 @@ class Keeper:
                 self._standby.begin_outage()
         if self.health.failed(name, error, lane):
             self._begin_epoch()
+            if (session := self._sessions.peek()) is not None:
+                session.wake.set()  # its probe may be due before what is waited for
         self.watch()
 
     def note(self, keys: Iterable[bytes]) -> None:
@@ -204,7 +207,9 @@ class Keeper:
     def wake(self) -> None:
         """Probe, or replay, now: somebody else has found the primary alive."""
         self.watch()
-        self._sessions.get().wake.set()
+        session = self._sessions.get()
+        session.hurry = True
+        session.wake.set()
 
     async def get_ready(self) -> None:
         """Return when it is known what other processes had still to tell the primary: nothing is believed before."""
@@ -236,25 +241,31 @@ class Keeper:
                     raise self.health.problem(lane)
                 await self._ping(lane)
             if covered:
-                await self._primary.delete_many(list(covered))
-                self._journal.forget(serials)
+                await self._delete(serials, covered)
+
+    async def _delete(self, serials: Mapping[bytes, int], keys: Iterable[bytes] = ()) -> None:
+        wanted = list({**serials, **dict.fromkeys(keys)})
+        await self._primary.delete_many(wanted)
+        self._journal.forget(serials)
+        self._recent.add(wanted)
 
     async def _keep(self, session: _Session) -> None:
         while self.health.away or len(self._journal):
-            waits = [(part.breaker.until_probe(), part) for part in self.health.away.values()]
-            pause = min((wait for wait, _ in waits), default=math.inf)
-            if not self.health.all_away and self._has_work():
-                pause = min(pause, self._backoff.next())
+            pause = min((part.breaker.until_probe() for part in self.health.away.values()), default=math.inf)
+            due = [part for part in self.health.away.values() if part.breaker.until_probe() <= pause]
+            if not self.health.all_away and self._has_work() and (wait := self._backoff.next()) < pause:
+                pause, due = wait, []
             try:
                 async with asyncio.timeout(pause):
                     await session.wake.wait()
-                    pause = math.inf  # all that are away are looked at
+                due = list(self.health.away.values()) if session.hurry else []
             except TimeoutError:
                 pass
             session.wake.clear()
+            session.hurry = False
             await self.save()
-            for wait, part in waits:
-                if wait <= pause and part.lane in self.health.away:
+            for part in due:
+                if part.lane in self.health.away:
                     await self._probe(session, part)
             if not self.health.all_away and self._has_work():
                 await self._catch_up(session)
@@ -337,8 +348,7 @@ class Keeper:
             async with session.lock:
                 batch = self._journal.oldest(_BATCH, among)
                 if batch:
-                    await self._primary.delete_many(list(batch))
-                    self._journal.forget(batch)
+                    await self._delete(batch)
         if self._pages is not None:
             await self._pages.prune()
 

@@ -110,14 +110,13 @@ class FailoverStore:
             raise ValueError(f"slow_after must be more than 0 seconds, not {slow_after!r}")
         self._standby = None if standby is None else Standby(standby, standby_ttl)
         self._journal = Journal(prefix, max_journal)
-        self._health = Health(
-            primary.name,
-            self._standby,
-            lambda: Breaker(failures=failures, probe_after=probe_after, probe_max=probe_max, clock=clock, rng=rng),
-            clock,
-        )
+
+        def breaker() -> Breaker:
+            return Breaker(failures=failures, probe_after=probe_after, probe_max=probe_max, clock=clock, rng=rng)
+
+        breaker()  # so that wrong numbers are told now
+        self._health = Health(primary.name, self._standby, breaker, clock)
         self._health.on_state = on_state
-        self._health.part(None)  # made now, so that wrong numbers are told now
         self._keeper = Keeper(
             primary,
             self._standby,
@@ -210,7 +209,7 @@ class FailoverStore:
         """See ``Store.scan``. Where the primary fails half-way, the standby's pages follow."""
         if not self._keeper.is_ready:
             await self._keeper.get_ready()
-        if not self._health.away:
+        if None not in self._health.away:
             try:
                 async with aclosing(self._primary.scan(prefix)) as pages:
                     async for page in pages:
@@ -220,7 +219,7 @@ class FailoverStore:
             else:
                 return
         else:
-            standby = self._routes.away(next(iter(self._health.away)))
+            standby = self._routes.away(None)
         async with aclosing(standby.scan(prefix)) as pages:
             async for page in pages:
                 yield page
@@ -322,12 +321,11 @@ class FailoverStore:
 
     async def clear(self, prefix: bytes, /) -> int:
         """See ``Store.clear``. Made up for like a delete."""
-        away = next(iter(self._health.away), None)
-        if self._health.away:
+        if None in self._health.away:
             self._keeper.note_prefix(prefix)
         try:
             return await self._routes.either(
-                lambda primary: primary.clear(prefix), lambda standby: standby.store.clear(prefix), away
+                lambda primary: primary.clear(prefix), lambda standby: standby.store.clear(prefix)
             )
         finally:
             await self._keeper.save()
@@ -342,8 +340,7 @@ class FailoverStore:
 
     async def info(self) -> Mapping[str, str | int | float]:
         """The primary's facts, or the standby's while it serves; and how the breaker and the journal are."""
-        away = next(iter(self._health.away), None)
-        facts = await self._routes.either(lambda primary: primary.info(), lambda standby: standby.store.info(), away)
+        facts = await self._routes.either(lambda primary: primary.info(), lambda standby: standby.store.info())
         return {**facts, **self._health.facts(), "journal": len(self._journal)}
 
     async def aclose(self) -> None:
