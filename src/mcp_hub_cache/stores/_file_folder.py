@@ -153,7 +153,7 @@ class Folder(Places):
             facts = os.lstat(f"{self.root}/{space}/{_file_counters.NAME}")
         except OSError:
             return None
-        return table if table.inode == (facts.st_dev, facts.st_ino) else None
+        return table if table.is_at(facts) else None
 
     def check(self) -> bool:
         """Whether our folder is there.
@@ -319,7 +319,7 @@ class Folder(Places):
         return f"{self.root}/{space}/{_file_counters.NAME}"
 
     def open_table(self, space: str) -> Table | None:
-        """The namespace's table if it is open: no system call."""
+        """The namespace's table if it is open."""
         return self._tables.get(space)
 
     def memory(self, space: str) -> Memory | None:
@@ -356,7 +356,7 @@ class Folder(Places):
             self._listed = changed
 
     def usage(self) -> int:
-        """Bytes of disk taken, by the tables: no system call."""
+        """Bytes of disk taken, by the tables: one system call for each."""
         tables = self._tables.copy()
         closed = self._closed.copy() if self._closed else {}
         return sum(table.usage() for table in tables.values()) + sum(closed[space] for space in closed.keys() - tables)

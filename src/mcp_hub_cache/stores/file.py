@@ -13,8 +13,8 @@ future for each took longer than the work (``_file_threads``).
 Rules:
 - Jobs hold no lock of this process, so that a fork never inherits one; the child makes threads of its own.
 - Threads are few and ours: a folder that hangs (a dead mount) stalls this store and nothing else in the process.
-- Stamps come from a mapped table (``_file_counters``) and cost no system call. They are coherent between processes of
-  one host; on a network file system, other hosts' changes are not seen.
+- Stamps come from a table in a file (``_file_counters``), by one system call that waits for nothing. They are coherent
+  between processes of one host; on a network file system, other hosts' changes are not seen.
 - Somebody who deletes the folder by hand is noticed by the next call, and without one within a second.
 """
 
