@@ -48,6 +48,8 @@ _USAGES: Final = struct.Struct(f"={SHELVES}q")
 _USAGE_AT: Final = 2048
 _WORD: Final = struct.Struct("=I")
 _WORDS_AT: Final = 4096
+_unpack_word: Final = _WORD.unpack  # on the way of every hit, as this and the next
+_pread: Final = os.pread
 _PER_SHELF: Final = 256
 _SIZE: Final = _WORDS_AT + SHELVES * _PER_SHELF * _WORD.size
 _GONE: Final = -1  # in place of a word that can't be had: odd, and no word's value
@@ -68,10 +70,10 @@ class _Words:
 
     def __getitem__(self, at: int) -> int:
         try:
-            data = os.pread(self.fd, 4, _WORDS_AT + 4 * at)
-        except OSError:
+            word: int = _unpack_word(_pread(self.fd, 4, _WORDS_AT + 4 * at))[0]
+        except (OSError, struct.error):  # the latter: it ends before
             return _GONE
-        return int.from_bytes(data, sys.byteorder) if len(data) == 4 else _GONE
+        return word
 
 
 class Table:

@@ -22,7 +22,7 @@ Rules:
 """
 
 # Paths are made and checked on every call; as plain strings that takes a tenth of what pathlib takes.
-# ruff: noqa: PTH101, PTH102, PTH105, PTH108, PTH116, PTH118, PTH120, PTH208
+# ruff: noqa: PTH101, PTH105, PTH108, PTH116, PTH118, PTH120, PTH208
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from typing import Final
 from .._exceptions import StoreMisconfiguredError, StorePermissionError, StoreTimeoutError
 from . import _file_counters
 from ._file_counters import SHELVES, Table
+from ._file_durable import Ground, make_folder
 from ._file_memory import Memory
 from ._file_places import OTHER, TAG, Place, Places
 from ._file_shelf import (
@@ -69,19 +70,22 @@ class Folder(Places):
         directory: The application's folder; ours is inside. Made if it is missing, otherwise left as it is.
         prefix: What keys begin with, before their namespace.
         clock: Seconds since the epoch.
+        durable: Lasting changes survive a power cut; see ``_file_durable``.
+
+    Attributes:
+        ground: The folders that are known to be on disk; None where nothing has to be durable.
     """
 
-    def __init__(self, directory: str, prefix: bytes, clock: Callable[[], float]) -> None:
+    def __init__(self, directory: str, prefix: bytes, clock: Callable[[], float], *, durable: bool = False) -> None:
         super().__init__(prefix)
         self.directory = directory
         self.root = os.path.join(directory, "mcp_hub_cache")
         self.clock = clock
+        self.ground = Ground(self.root) if durable else None
         self._tables: dict[str, Table] = {}
         self._listed = 0
         self._closed: dict[str, int] = {}  # usage of namespaces whose tables are not open, as of the last refresh
         self._checked = False
-
-    # Where things are
 
     def spaces(self, prefix: bytes = b"") -> list[str]:
         """The namespace folders there are that may hold keys that start with *prefix*."""
@@ -193,8 +197,8 @@ class Folder(Places):
             chain.append(missing)
             missing = os.path.dirname(missing)
         for path in reversed(chain):
-            _make(path)
-        _make(self.root)
+            make_folder(path, sync=self.ground is not None)
+        make_folder(self.root, sync=False)  # as all below, it is synced when there is something in it
         self.check()
         with suppress(FileExistsError):
             write_new(f"{self.root}/{TAG}", _TAG_TEXT)
@@ -242,8 +246,10 @@ class Folder(Places):
             if not make:
                 raise
             self.build()
-            _make(f"{self.root}/{space}")
-            _make(path)
+            make_folder(f"{self.root}/{space}", sync=False)
+            make_folder(path, sync=False)
+            if self.ground is not None:
+                self.ground.loosen(space)
             fd = open_folder(path)
         try:
             return self._hold(fd, space, shelf, deadline)
@@ -311,6 +317,8 @@ class Folder(Places):
     def _forget(self, space: str) -> Table | None:
         """Let go of the namespace's table; what is in near caches by its counters is trusted no more."""
         table = self._tables.pop(space, None)
+        if self.ground is not None:
+            self.ground.loosen(space)
         if table is not None:
             table.changes.void()
         return table
@@ -380,11 +388,5 @@ class Folder(Places):
         self._checked = False
         self._closed.clear()
         self._listed = 0
-
-
-def _make(path: str) -> None:
-    try:
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        return
-    os.chmod(path, 0o700)  # whatever the umask took
+        if self.ground is not None:
+            self.ground.loosen()
