@@ -18,7 +18,8 @@ Rules:
 - A frame's head decides when it has expired. So that sweeps, eviction and status need not open every file, its
   ``mtime`` repeats that (the last three digits of the nanoseconds are its kind), and ``atime`` is when it was last
   used, to a second. Both are hints: nothing is deleted as expired for a hint alone.
-- Only regular files with names of this pattern are ever read, replaced or deleted; links are never followed.
+- Only regular files with names of this pattern are ever read, replaced or deleted. Links are not followed, but for one
+  in place of a shelf, by readers: to look for it takes an eighth of a read, and only this user can have made it.
 """
 
 # Paths are made and checked on every call; as plain strings that takes a tenth of what pathlib takes.
@@ -170,8 +171,7 @@ class Folder(Places):
         except FileNotFoundError:
             self._checked = False
             return False
-        if self._checked:
-            return True
+        self._checked = False
         if not stat.S_ISDIR(facts.st_mode):
             raise StorePermissionError(
                 f"{self.root} is a link or a file, no folder of ours.", cure="Remove it, or point CACHE_DIR elsewhere."
@@ -181,9 +181,16 @@ class Folder(Places):
                 f"{self.root} belongs to user {facts.st_uid}, not to {os.geteuid()}.",
                 cure="Point CACHE_DIR to a folder of this user's own.",
             )
-        if facts.st_mode & 0o077:
+        mode = facts.st_mode
+        if mode & 0o077 and not mode & stat.S_IWOTH:  # a volume's fsGroup, a copy by another umask
             with suppress(OSError):
-                os.chmod(self.root, stat.S_IMODE(facts.st_mode) & 0o700)
+                os.chmod(self.root, stat.S_IMODE(mode) & 0o700)
+                mode = os.lstat(self.root).st_mode
+        if mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise StorePermissionError(
+                f"{self.root} may be written by others (mode {stat.S_IMODE(mode):03o}): what is in it is not trusted.",
+                cure="Remove it and let it be made anew, or point CACHE_DIR to a file system that keeps modes.",
+            )
         self._checked = True
         return True
 
