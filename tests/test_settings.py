@@ -73,6 +73,7 @@ def test_defaults() -> None:
     assert (found.redis_max_connections, found.cache_timeout, found.cache_fallback) == (50, 0.5, "file")
     assert (found.cache_key_prefix, found.cache_namespace) == ("mcp_hub:", "default")
     assert (found.cache_l1_max_entries, found.cache_l1_max_bytes, found.cache_max_bytes) == (1024, 2**26, 2**30)
+    assert found.cache_durable is False
     assert found.server == "redis://localhost:6379/0"
 
 

@@ -126,6 +126,9 @@ class Settings(BaseSettings):
     )
     cache_namespace: str = Field("default", description='1 to 64 ASCII letters, digits, "_", "." or "-", not all dots')
     cache_max_bytes: _Size = Field(1024**3, gt=0, description=f"{_SIZE_TAKES}; more than 0")
+    cache_durable: bool = Field(
+        False, description="true or false; true has files survive a power cut, at the cost of waiting for the disk"
+    )
     cache_l1_max_entries: int = Field(1024, ge=0, description="a whole number; 0 turns the near cache off")
     cache_l1_max_bytes: _Size = Field(64 * 1024**2, description=f"{_SIZE_TAKES}; 0 turns the near cache off")
     cache_fallback: Annotated[Literal["file", "memory", "none"], BeforeValidator(_lower)] = Field(

@@ -29,6 +29,7 @@ from ._file_counters import Table
 
 # For all locks of one job; below the engine's own deadline, so that an outcome names the cause.
 LOCK_SECONDS: Final = 0.45
+UNDER_WAY: Final = 60.0  # seconds of life that a load's placeholder never has more than: others are tags' marks
 BLOCK: Final = 4096  # what a file system gives a small file; usage is counted in these
 FILE_NAME: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
@@ -236,8 +237,14 @@ class Shelf:
         """The first *size* bytes, expired or not; None: not there, or no file of ours."""
         return read_frame(name, _never, size=size, fd=self._fd)
 
-    def put(self, name: str, frame: bytes) -> None:
-        """Let *frame* take the place of what is there. On an error what was there still is."""
+    def put(self, name: str, frame: bytes, *, sync: bool = False) -> None:
+        """Let *frame* take the place of what is there. On an error what was there still is.
+
+        Args:
+            name: The file.
+            frame: Its bytes.
+            sync: Have the bytes on disk first. For the name to be there, too, see ``Ground.settle``.
+        """
         fd, table = self._fd, self._table
         more = charge_of(len(frame))
         try:
@@ -260,6 +267,8 @@ class Shelf:
                 try:
                     _write_all(file, frame)
                     os.utime(file, ns=(time.time_ns(), hint_of(frame)))
+                    if sync:
+                        os.fsync(file)
                 finally:
                     os.close(file)
                 os.replace(temp, name, src_dir_fd=fd, dst_dir_fd=fd)
