@@ -204,7 +204,8 @@ def test_zero_turns_the_near_cache_off(monkeypatch: pytest.MonkeyPatch) -> None:
         # Asked for by name, and not there yet.
         ("CACHE_COMPRESS_MIN_BYTES", "1024", "not available"),
         ("CACHE_ON_MISCONFIGURED", "raise", "not available"),
-        ("CACHE_SECRET_KEY", "a" * 32, "not available"),
+        ("CACHE_SECRET_KEY", "a" * 31, "at least 32 characters"),
+        ("CACHE_SECRET_KEY_PREVIOUS", "b" * 31, "at least 32 characters"),
         ("REDIS_CLUSTER", "true", "not available"),
         ("REDIS_SENTINELS", "one:26379", "not available"),
     ],

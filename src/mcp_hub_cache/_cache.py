@@ -18,6 +18,7 @@ from ._classes import NOTHING, ClassSet, as_class_set
 from ._durations import seconds
 from ._engine import Engine
 from ._flight import Flight
+from ._form import form_of
 from ._keys import KeySpace, argument_bytes, digest, scope_of
 from ._l1 import NOT_SHARED
 from ._load import NO_TAGS, Loads
@@ -64,6 +65,10 @@ class Cache(AsyncCache):
             no policy says.
         max_refreshes: How many refreshes may go on in the background at once; while there are so many, what is stale
             is served unrefreshed. 0: none.
+        secret_key: Random text of at least 32 characters that seals entries: whoever else can write to the store can
+            neither read nor forge one. Takes the extra ``crypto``. Once it is given, nothing is read that is not sealed
+            with it. None: nothing is sealed.
+        previous_secret_key: Opens what was sealed before *secret_key* took its place.
         observer: Hears what happens, beside the counters that ``status`` shows. It hears of every hit, so none takes a
             shortcut: one from the near cache then costs some ten times as much.
     """
@@ -83,6 +88,8 @@ class Cache(AsyncCache):
         policy: Policy | None = None,
         coalesce: Coalesce = "process",
         max_refreshes: int = 32,
+        secret_key: str | None = None,
+        previous_secret_key: str | None = None,
         observer: Observer | None = None,
     ) -> None:
         self._default_ttl = seconds(default_ttl, "default_ttl")
@@ -98,6 +105,7 @@ class Cache(AsyncCache):
             l1_max_entries=_whole(l1_max_entries, "l1_max_entries"),
             l1_max_bytes=_whole(l1_max_bytes, "l1_max_bytes"),
             observers=(self._counters,) if observer is None else (self._counters, observer),
+            form=form_of(secret_key, previous_secret_key),
             prefix=prefix.encode(),
         )
         no_fleet = f'coalesce="fleet" needs a store with leases, which {store.name} has not: use Redis or files'

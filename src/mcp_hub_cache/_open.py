@@ -23,6 +23,8 @@ from ._shortcut import CURRENT
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from pydantic import SecretStr
+
     from ._settings import Settings
     from .stores.failover import FailoverStore
     from .stores.redis import RedisStore
@@ -45,6 +47,8 @@ class CacheOptions(TypedDict, total=False):
     policy: Policy | None
     coalesce: Coalesce
     max_refreshes: int
+    secret_key: str | None
+    previous_secret_key: str | None
     observer: Observer | None
 
 
@@ -155,7 +159,13 @@ def open_cache(settings: Settings | None = None, **overrides: Any) -> Cache:
         l1_max_bytes=settings.cache_l1_max_bytes,
         coalesce=settings.cache_coalesce,
         max_refreshes=settings.cache_max_refreshes,
+        secret_key=_text_of(settings.cache_secret_key),
+        previous_secret_key=_text_of(settings.cache_secret_key_previous),
     )
+
+
+def _text_of(secret: SecretStr | None) -> str | None:
+    return None if secret is None else secret.get_secret_value()
 
 
 def _store(settings: Settings) -> Store:
@@ -167,16 +177,13 @@ def _store(settings: Settings) -> Store:
         return _file_store(settings.cache_dir, settings.cache_max_bytes, settings.cache_key_prefix)
     from .stores.redis import RedisStore
 
-    def secret(value: Any) -> str | None:
-        return None if value is None else value.get_secret_value()
-
     store = RedisStore(
-        secret(settings.redis_url),
+        _text_of(settings.redis_url),
         host=settings.redis_host,
         port=settings.redis_port,
         db=settings.redis_db,
         username=settings.redis_username,
-        password=secret(settings.redis_password),
+        password=_text_of(settings.redis_password),
         ssl=settings.redis_ssl,
         ca_certs=settings.redis_ca_certs,
         tls_insecure=settings.redis_tls_insecure,

@@ -32,10 +32,11 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from ._durations import seconds
 from ._exceptions import SettingsError
+from ._form import HOW_TO_MAKE_ONE, SHORTEST_SECRET
 
 __all__ = ["Settings", "load_settings"]
 
-_SECRET: Final = frozenset({"cache_secret_key", "redis_password"})
+_SECRET: Final = frozenset({"cache_secret_key", "cache_secret_key_previous", "redis_password"})
 _SCHEMES: Final = ("redis", "rediss", "unix")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?", re.ASCII | re.IGNORECASE)
 _NAMESPACE = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
@@ -103,6 +104,7 @@ def _url(value: object) -> object:
 
 _Duration = Annotated[float, BeforeValidator(_finite)]
 _Size = Annotated[int, BeforeValidator(_size)]
+_SECRET_TAKES: Final = f"at least {SHORTEST_SECRET} characters of random text; make one with {HOW_TO_MAKE_ONE}"
 _SIZE_TAKES: Final = 'a size in bytes: a whole number, or text such as "512MB" or "1GiB"'
 
 
@@ -142,6 +144,11 @@ class Settings(BaseSettings):
         0.5, description='seconds that the cache may take altogether, more than 0; or text such as "250ms"'
     )
 
+    cache_secret_key: SecretStr | None = Field(None, min_length=SHORTEST_SECRET, description=_SECRET_TAKES)
+    cache_secret_key_previous: SecretStr | None = Field(
+        None, min_length=SHORTEST_SECRET, description=f"what CACHE_SECRET_KEY held before: {_SECRET_TAKES}"
+    )
+
     redis_url: Annotated[SecretStr | None, BeforeValidator(_url)] = Field(
         None,
         description="redis://[[user]:password@]host[:port][/db], rediss:// for the same with TLS, or unix:///a/socket; "
@@ -164,7 +171,6 @@ class Settings(BaseSettings):
     cache_on_misconfigured: Annotated[Literal["serve"], BeforeValidator(_lower)] = Field(
         "serve", description="serve (loads go on uncached); raise is not available in this version"
     )
-    cache_secret_key: None = Field(None, description="nothing: sealing is not available in this version")
     redis_cluster: Annotated[Literal[False], BeforeValidator(_lower)] = Field(
         False, description="false; Redis Cluster is not available in this version"
     )
@@ -236,6 +242,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"REDIS_SSL held true, but REDIS_URL held {_held('redis_url', self.redis_url)}, which has no TLS; "
                 "REDIS_SSL=true takes a URL that starts with rediss://"
+            )
+        if self.cache_secret_key_previous is not None and self.cache_secret_key is None:
+            raise ValueError(
+                "CACHE_SECRET_KEY_PREVIOUS is set and CACHE_SECRET_KEY is not: the one opens what was sealed before, "
+                "the other seals now; to stop sealing, unset both"
             )
         if self.cache_backend == "redis" and self.redis_ca_certs is not None and not self.redis_ca_certs.is_file():
             raise ValueError(

@@ -38,7 +38,8 @@ from typing import Any, TypeVar
 
 from .._changes import Slot
 from .._exceptions import StoreError
-from .._protocols import Begun, Coherent, Held, Leases, Outcome, Patch, Store, StoreState, Write
+from .._frame import retimed
+from .._protocols import Begun, Coherent, Held, Leases, Outcome, Patch, Retimed, Store, StoreState, Write
 from . import next_store_id
 from ._failover_breaker import Backoff, Breaker
 from ._failover_journal import Journal
@@ -90,7 +91,8 @@ class FailoverStore:
         self.name = primary.name
         # The primary's, whoever serves: lanes say what may share a batch, and nothing about order.
         self.lane: Callable[[bytes], Hashable] = primary.lane
-        self._standby = None if standby is None else Standby(standby, standby_ttl)
+        self.retimed: Retimed = retimed  # see ``Retiming``
+        self._standby = None if standby is None else Standby(standby, standby_ttl, lambda: self.retimed)
         self._journal = Journal(prefix, max_journal)
         self._breaker = Breaker(failures=failures, probe_after=probe_after, probe_max=probe_max, clock=clock, rng=rng)
         self._keeper = Keeper(
