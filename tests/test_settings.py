@@ -255,6 +255,18 @@ def test_ca_certificates_that_are_not_there(tmp_path: Path, monkeypatch: pytest.
     assert load_settings().redis_ca_certs == Path("ca.pem")
 
 
+@pytest.mark.parametrize("name", ["REDIS_CLIENT_CERT", "REDIS_CLIENT_KEY"])
+def test_client_certificates_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    assert f"{name} held 'me.pem'" in complaint(monkeypatch, CACHE_BACKEND="redis", **{name: "me.pem"})
+    (tmp_path / "me.pem").touch()
+    monkeypatch.setenv("REDIS_CLIENT_CERT", "me.pem")
+    assert load_settings().redis_client_cert == Path("me.pem")
+
+
+def test_a_clients_key_without_its_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "REDIS_CLIENT_CERT is not" in complaint(monkeypatch, REDIS_CLIENT_KEY="me.pem")
+
+
 def test_a_port_that_kubernetes_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings(monkeypatch, REDIS_PORT="tcp://10.0.0.1:6379").redis_port == 6379  # no Redis used: no concern
     assert "Kubernetes" in complaint(monkeypatch, CACHE_BACKEND="redis")

@@ -91,6 +91,8 @@ class RedisCache(Cache):
         username: Used where the URL has neither a user nor a password.
         password: The same.
         ca_certs: A file of CA certificates to trust, for TLS.
+        client_cert: A file with a certificate, for servers that ask for one.
+        client_key: A file with its key, if that stands apart.
         tls_insecure: Do not verify the server's certificate. Anybody between you and it can then read and forge.
         max_connections: At most so many connections; 1 or more. With 1 there is no near cache.
         fallback: A store that serves while the server is away, such as ``FileStore("cache")``.
@@ -107,6 +109,8 @@ class RedisCache(Cache):
         username: str | None = None,
         password: str | None = None,
         ca_certs: str | Path | None = None,
+        client_cert: str | Path | None = None,
+        client_key: str | Path | None = None,
         tls_insecure: bool = False,
         max_connections: int = 50,
         fallback: Store | None = None,
@@ -119,6 +123,8 @@ class RedisCache(Cache):
             username=username,
             password=password,
             ca_certs=ca_certs,
+            client_cert=client_cert,
+            client_key=client_key,
             tls_insecure=tls_insecure,
             timeout=_SHARE * seconds(options.get("timeout", 0.5), "timeout"),
             max_connections=max_connections,
@@ -186,6 +192,8 @@ def _store(settings: Settings) -> Store:
         password=_text_of(settings.redis_password),
         ssl=settings.redis_ssl,
         ca_certs=settings.redis_ca_certs,
+        client_cert=settings.redis_client_cert,
+        client_key=settings.redis_client_key,
         tls_insecure=settings.redis_tls_insecure,
         timeout=_SHARE * settings.cache_timeout,
         max_connections=settings.redis_max_connections,

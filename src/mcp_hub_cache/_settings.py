@@ -161,6 +161,12 @@ class Settings(BaseSettings):
     redis_password: SecretStr | None = Field(None, description="a password")
     redis_ssl: bool = Field(False, description="true or false")
     redis_ca_certs: Path | None = Field(None, description="the path of a file with CA certificates (PEM)")
+    redis_client_cert: Path | None = Field(
+        None, description="the path of a file with a certificate (PEM), for servers that ask for one"
+    )
+    redis_client_key: Path | None = Field(
+        None, description="the path of a file with that certificate's key (PEM), where it stands apart"
+    )
     redis_tls_insecure: bool = Field(
         False, description="true or false; true accepts any certificate, from anybody in between as well"
     )
@@ -207,7 +213,7 @@ class Settings(BaseSettings):
             return 6379
         return value
 
-    @field_validator("cache_dir", "redis_ca_certs")
+    @field_validator("cache_dir", "redis_ca_certs", "redis_client_cert", "redis_client_key")
     @classmethod
     def _usable_path(cls, value: Path | None) -> Path | None:
         if value is not None and "\0" in str(value):
@@ -248,11 +254,14 @@ class Settings(BaseSettings):
                 "CACHE_SECRET_KEY_PREVIOUS is set and CACHE_SECRET_KEY is not: the one opens what was sealed before, "
                 "the other seals now; to stop sealing, unset both"
             )
-        if self.cache_backend == "redis" and self.redis_ca_certs is not None and not self.redis_ca_certs.is_file():
-            raise ValueError(
-                f"REDIS_CA_CERTS held {_held('redis_ca_certs', self.redis_ca_certs)}, where no file is; "
-                "it takes the path of a file with CA certificates (PEM)"
-            )
+        if self.cache_backend == "redis":
+            for field in ("redis_ca_certs", "redis_client_cert", "redis_client_key"):
+                path: Path | None = getattr(self, field)
+                if path is not None and not path.is_file():
+                    takes = Settings.model_fields[field].description
+                    raise ValueError(f"{field.upper()} held {_held(field, path)}, where no file is; it takes {takes}")
+        if self.redis_client_key is not None and self.redis_client_cert is None:
+            raise ValueError("REDIS_CLIENT_KEY is set and REDIS_CLIENT_CERT is not: a key is of a certificate")
         return self
 
     @property
