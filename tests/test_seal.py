@@ -279,7 +279,7 @@ async def test_keys_and_deletes_count_what_can_be_read_alone() -> None:
     assert await cache.delete_many(["plain", "another's", "ours"]) == 1
 
 
-@pytest.mark.parametrize("size", [100, 10_000, 2_000_000])
+@pytest.mark.parametrize("size", [100, 10_000, 900_000])
 @pytest.mark.parametrize("value", ["x", b"x", ["x"]])
 async def test_any_value_comes_back(size: int, value: Any) -> None:
     cache = MemoryCache(secret_key=SECRET, l1_max_entries=0)

@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar, cast
 
 from ._blake import blake2b
 from ._changes import Part
-from ._codec import DecodeError
+from ._codec import DecodeError, Limits
 from ._direct import Direct
 from ._exceptions import StoreError
 from ._flight import Flights
@@ -122,6 +122,7 @@ class Engine:
         l1_max_bytes: int,
         observers: tuple[Observer, ...],
         form: Form,
+        limits: Limits,
         prefix: bytes = b"",
         draw: Callable[[], float] = draw,
     ) -> None:
@@ -129,6 +130,7 @@ class Engine:
         self.draw = draw
         self.store = store
         self.form = form
+        self.limits = limits
         self.observers = observers
         self.timeout = timeout
         self._l1_size = (l1_max_entries, l1_max_bytes)

@@ -67,7 +67,7 @@ _unpack_fields: Final = struct.Struct("<5x" + _FIELDS).unpack_from
 _unpack_entry: Final = struct.Struct("<6sBB8xdddfHHI4xI4x").unpack  # of the same: what a read asks, and no more
 _make: Final = tuple.__new__  # a NamedTuple's own constructor is Python: 0.4 µs instead of 0.2
 MARK_SIZE: Final = 24
-_COPIED: Final = 8192  # bytes of a frame up to which its parts are copied
+COPIED: Final = 8192  # bytes of a frame up to which its parts are copied
 _MAX_U32: Final = 0xFFFF_FFFF
 
 # The crc32 of any bytes followed by their own little-endian crc32 is this constant (the "residue" of CRC-32, ISO 3309),
@@ -92,7 +92,7 @@ class FrameError(ValueError):
     """Bytes that are no frame of this key.
 
     ``reason`` is one of foreign, truncated, newer, corrupt, wrong-key; sealed: and no secret was given; and where one
-    was, unsealed, or forged: edited, moved, or sealed with another secret.
+    was, unsealed, or forged: edited, moved, or sealed with another secret. Readers add oversized: beyond their limits.
     """
 
     def __init__(self, reason: str) -> None:
@@ -123,6 +123,10 @@ class Mark(NamedTuple):
 
     tag: bytes
     mark: bytes
+
+
+LONGEST_FRONT: Final = HEAD_SIZE + MAX_KEY_BYTES + MARK_SIZE * MAX_MARKS
+"""Bytes that may stand in front of a payload."""
 
 
 class Claim(NamedTuple):
@@ -274,7 +278,7 @@ def unpack(data: bytes, key: bytes, summed: int | None = None) -> Frame:
     if len(data) != payload_at + payload_length:
         raise FrameError("truncated")
     # A view costs more than a copy of some kilobytes.
-    body = data if len(data) <= _COPIED else memoryview(data)
+    body = data if len(data) <= COPIED else memoryview(data)
     if (crc32(body[HEAD_SIZE:]) if summed is None else summed) != body_crc:
         raise FrameError("corrupt")
     if data[HEAD_SIZE:start] != key:
@@ -290,7 +294,7 @@ def open_entry(data: bytes, key: bytes) -> tuple[int, float, float, float, float
     no use for, and leaves it to ``unpack`` to say what is wrong.
     """
     front = data[:HEAD_SIZE]
-    if len(front) < HEAD_SIZE or len(data) > _COPIED:
+    if len(front) < HEAD_SIZE or len(data) > COPIED:
         return None
     start, codec, flags, created, fresh_until, keep_until, cost, key_length, marks, size, total = _unpack_entry(front)
     at = HEAD_SIZE + key_length

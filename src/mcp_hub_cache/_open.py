@@ -44,6 +44,7 @@ class CacheOptions(TypedDict, total=False):
     l1_max_bytes: int
     max_key_length: int
     max_value_bytes: int
+    max_value_items: int
     policy: Policy | None
     coalesce: Coalesce
     max_refreshes: int
@@ -165,6 +166,8 @@ def open_cache(settings: Settings | None = None, **overrides: Any) -> Cache:
         l1_max_bytes=settings.cache_l1_max_bytes,
         coalesce=settings.cache_coalesce,
         max_refreshes=settings.cache_max_refreshes,
+        max_value_bytes=settings.cache_max_value_bytes,
+        max_value_items=settings.cache_max_value_items,
         secret_key=_text_of(settings.cache_secret_key),
         previous_secret_key=_text_of(settings.cache_secret_key_previous),
     )

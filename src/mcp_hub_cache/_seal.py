@@ -36,6 +36,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from . import _frame
 from ._blake import blake2b
 from ._frame import (
+    COPIED,
     HEAD_SIZE,
     MARK_SIZE,
     MAX_KEY_BYTES,
@@ -166,7 +167,7 @@ class Seal:
     def open_entry(self, data: bytes, key: bytes) -> tuple[int, float, float, float, float, bytes] | None:
         """Return what a read asks of the entry that *data* holds for *key*; None: ``unpack`` says what is wrong."""
         front = data[:HEAD_SIZE]
-        if len(front) < HEAD_SIZE:
+        if len(front) < HEAD_SIZE or len(data) > COPIED:
             return None
         start, codec, flags, created, fresh_until, keep_until, cost, key_length, marks, size = _unpack_entry(front)
         at = HEAD_SIZE + key_length

@@ -140,6 +140,8 @@ class Settings(BaseSettings):
     cache_max_refreshes: int = Field(
         32, ge=0, description="a whole number: refreshes at once in the background; 0 turns them off"
     )
+    cache_max_value_bytes: _Size = Field(8 * 1024**2, gt=0, description=f"{_SIZE_TAKES}; more than 0")
+    cache_max_value_items: int = Field(1_000_000, ge=1, description="a whole number, 1 or more")
     cache_timeout: _Duration = Field(
         0.5, description='seconds that the cache may take altogether, more than 0; or text such as "250ms"'
     )

@@ -37,14 +37,12 @@ class Writes:
     Args:
         engine: Whose store to write to.
         reads: The way to what is there.
-        max_value_bytes: The largest stored form of a value.
     """
 
-    def __init__(self, engine: Engine, reads: Reads, max_value_bytes: int) -> None:
+    def __init__(self, engine: Engine, reads: Reads) -> None:
         self._engine = engine
         self._reads = reads
         self._store = engine.store
-        self._max_value_bytes = max_value_bytes
         self._pack = engine.form.pack
         # Bound once: a line tells kinds of requests apart by the identity of their call.
         self._write = engine.store.write_many
@@ -59,12 +57,18 @@ class Writes:
             ValueTooLargeError: Its stored form is larger than this cache takes.
         """
         codec, payload = encode(value, classes)
-        if len(payload) > self._max_value_bytes:
-            raise ValueTooLargeError(
-                f"the value takes {len(payload):,} bytes; this cache stores at most {self._max_value_bytes:,}. "
-                "Store less, or raise max_value_bytes."
-            )
-        return codec, payload
+        return codec, self.bounded(codec, payload)
+
+    def bounded(self, codec: int, payload: bytes) -> bytes:
+        """Return *payload*.
+
+        Raises:
+            ValueTooLargeError: It is larger than this cache takes.
+        """
+        excess = self._engine.limits.excess(codec, payload)
+        if excess:
+            raise ValueTooLargeError(f"the value {excess}")
+        return payload
 
     async def write(
         self,

@@ -231,3 +231,52 @@ async def test_without_the_secret_nothing_sealed_is_read(neighbour: Neighbour) -
     stranger = neighbour.cache(secret_key=None, l1_max_entries=0)
     assert await stranger.get("k") is None
     assert stranger.stats.errors == {"sealed": 1}
+
+
+# "Decompression bomb, deep nesting, huge value, huge key": a neighbour where there is no secret, or one who has it
+
+
+BOMBS = {
+    "eight MiB of small objects": b"[" + b"{}," * 2_700_000 + b"{}]",
+    "eight MiB of small texts": b"[" + b'"",' * 2_700_000 + b'""]',
+    "objects behind a text": b'["' + b'\\"' * 100 + b'",' + b"[0]," * 1_000_000 + b"0]",
+    "too many bytes": b'"' + b"x" * (8 * 1024 * 1024) + b'"',
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+async def test_a_bomb_is_a_miss_before_it_is_unfolded(
+    neighbour: Neighbour, bomb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = neighbour.cache(secret_key=None, l1_max_entries=0)
+    await cache.set("k", "x")
+    key = cache._key("k")
+    neighbour.write(key, _plain(neighbour.read(key), BOMBS[bomb]))
+    unfolded = []
+    monkeypatch.setattr("mcp_hub_cache._codec.loads", unfolded.append)
+    assert await cache.get("k") is None
+    assert await cache.get_many(["k"]) == {}
+    assert await cache.exists("k") is False
+    assert not unfolded
+    assert cache.stats.errors == {"oversized": 3}
+
+
+async def test_a_deeply_nested_value_is_a_miss(neighbour: Neighbour) -> None:
+    cache = neighbour.cache(secret_key=None, l1_max_entries=0)
+    await cache.set("k", "x")
+    key = cache._key("k")
+    for codec in (1, 2):
+        neighbour.write(key, _plain(neighbour.read(key), b'["l",' * 50_000 + b"1" + b"]" * 50_000, codec=codec))
+        assert await cache.get("k") is None
+    assert cache.stats.errors == {"undecodable": 2}
+
+
+async def test_lengths_that_are_not_there_are_a_miss(neighbour: Neighbour) -> None:
+    cache = neighbour.cache(secret_key=None, l1_max_entries=0)
+    await cache.set("k", "x")
+    key = cache._key("k")
+    frame = neighbour.read(key)
+    for fields in ({"payload_length": 2**32 - 1}, {"mark_count": 65535}, {"key_length": 65535}):
+        neighbour.write(key, _head(frame, **fields))
+        assert await cache.get("k") is None
+    assert cache.stats.errors == {"truncated": 3}
