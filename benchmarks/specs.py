@@ -48,6 +48,7 @@ SECTIONS: Final = {
     "files": "Files: the 1.4 KB JSON value, L1 off",
     "import": "Import",
     "uvloop": "uvloop",
+    "seal": "Sealed with a secret: the 1.4 KB JSON value",
 }
 
 RATE, TIME, STALL = Kind.RATE, Kind.TIME, Kind.STALL
@@ -119,4 +120,8 @@ SPECS: Final = (
     Spec("import.time", "import mcp_hub_cache, on top of", "import asyncio, inspect, typing", TIME, 0.35),
     Spec("uvloop.get1", f"{_GET1}, uvloop", "itself on asyncio", RATE),
     Spec("uvloop.get100", f"{_GET}, uvloop", "itself on asyncio", RATE),
+    Spec("seal.pack", "a sealed frame is made", "a plain one", TIME),
+    Spec("seal.open", "a sealed frame is opened", "a plain one", TIME),
+    Spec("seal.get100", f"{_GET}, sealed", "itself unsealed", RATE),
+    Spec("seal.set100", f"{_SET}, sealed", "itself unsealed", RATE),
 )

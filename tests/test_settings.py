@@ -205,7 +205,8 @@ def test_zero_turns_the_near_cache_off(monkeypatch: pytest.MonkeyPatch) -> None:
         # Asked for by name, and not there yet.
         ("CACHE_COMPRESS_MIN_BYTES", "1024", "not available"),
         ("CACHE_ON_MISCONFIGURED", "raise", "not available"),
-        ("CACHE_SECRET_KEY", "a" * 32, "not available"),
+        ("CACHE_SECRET_KEY", "a" * 31, "at least 32 characters"),
+        ("CACHE_SECRET_KEY_PREVIOUS", "b" * 31, "at least 32 characters"),
         ("REDIS_CLUSTER", "true", "not available"),
         ("REDIS_SENTINELS", "one:26379", "not available"),
     ],
@@ -253,6 +254,18 @@ def test_ca_certificates_that_are_not_there(tmp_path: Path, monkeypatch: pytest.
     assert "REDIS_CA_CERTS" in complaint(monkeypatch, CACHE_BACKEND="redis", REDIS_CA_CERTS="ca.pem")
     (tmp_path / "ca.pem").touch()
     assert load_settings().redis_ca_certs == Path("ca.pem")
+
+
+@pytest.mark.parametrize("name", ["REDIS_CLIENT_CERT", "REDIS_CLIENT_KEY"])
+def test_client_certificates_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    assert f"{name} held 'me.pem'" in complaint(monkeypatch, CACHE_BACKEND="redis", **{name: "me.pem"})
+    (tmp_path / "me.pem").touch()
+    monkeypatch.setenv("REDIS_CLIENT_CERT", "me.pem")
+    assert load_settings().redis_client_cert == Path("me.pem")
+
+
+def test_a_clients_key_without_its_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "REDIS_CLIENT_CERT is not" in complaint(monkeypatch, REDIS_CLIENT_KEY="me.pem")
 
 
 def test_a_port_that_kubernetes_set(monkeypatch: pytest.MonkeyPatch) -> None:

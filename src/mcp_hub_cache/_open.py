@@ -23,6 +23,8 @@ from ._shortcut import CURRENT
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from pydantic import SecretStr
+
     from ._settings import Settings
     from .stores.failover import FailoverStore
     from .stores.redis import RedisStore
@@ -42,9 +44,12 @@ class CacheOptions(TypedDict, total=False):
     l1_max_bytes: int
     max_key_length: int
     max_value_bytes: int
+    max_value_items: int
     policy: Policy | None
     coalesce: Coalesce
     max_refreshes: int
+    secret_key: str | None
+    previous_secret_key: str | None
     observer: Observer | None
 
 
@@ -105,6 +110,8 @@ class RedisCache(Cache):
         username: Used where the URL has neither a user nor a password.
         password: The same.
         ca_certs: A file of CA certificates to trust, for TLS.
+        client_cert: A file with a certificate, for servers that ask for one.
+        client_key: A file with its key, if that stands apart.
         tls_insecure: Do not verify the server's certificate. Anybody between you and it can then read and forge.
         max_connections: At most so many connections; 1 or more. With 1 there is no near cache.
         fallback: A store that serves while the server is away, such as ``FileStore("cache")``.
@@ -123,6 +130,8 @@ class RedisCache(Cache):
         username: str | None = None,
         password: str | None = None,
         ca_certs: str | Path | None = None,
+        client_cert: str | Path | None = None,
+        client_key: str | Path | None = None,
         tls_insecure: bool = False,
         max_connections: int = 50,
         fallback: Store | None = None,
@@ -137,6 +146,8 @@ class RedisCache(Cache):
             username=username,
             password=password,
             ca_certs=ca_certs,
+            client_cert=client_cert,
+            client_key=client_key,
             tls_insecure=tls_insecure,
             timeout=_SHARE * timeout,
             max_connections=max_connections,
@@ -179,7 +190,15 @@ def open_cache(settings: Settings | None = None, **overrides: Any) -> Cache:
         l1_max_bytes=settings.cache_l1_max_bytes,
         coalesce=settings.cache_coalesce,
         max_refreshes=settings.cache_max_refreshes,
+        max_value_bytes=settings.cache_max_value_bytes,
+        max_value_items=settings.cache_max_value_items,
+        secret_key=_text_of(settings.cache_secret_key),
+        previous_secret_key=_text_of(settings.cache_secret_key_previous),
     )
+
+
+def _text_of(secret: SecretStr | None) -> str | None:
+    return None if secret is None else secret.get_secret_value()
 
 
 def _store(settings: Settings) -> Store:
@@ -191,18 +210,17 @@ def _store(settings: Settings) -> Store:
         return _files(settings, settings.cache_dir)
     from .stores.redis import RedisStore
 
-    def secret(value: Any) -> str | None:
-        return None if value is None else value.get_secret_value()
-
     store = RedisStore(
-        secret(settings.redis_url),
+        _text_of(settings.redis_url),
         host=settings.redis_host,
         port=settings.redis_port,
         db=settings.redis_db,
         username=settings.redis_username,
-        password=secret(settings.redis_password),
+        password=_text_of(settings.redis_password),
         ssl=settings.redis_ssl,
         ca_certs=settings.redis_ca_certs,
+        client_cert=settings.redis_client_cert,
+        client_key=settings.redis_client_key,
         tls_insecure=settings.redis_tls_insecure,
         timeout=_SHARE * settings.cache_timeout,
         max_connections=settings.redis_max_connections,

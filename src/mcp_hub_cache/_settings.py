@@ -32,10 +32,11 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from ._durations import seconds
 from ._exceptions import SettingsError
+from ._form import HOW_TO_MAKE_ONE, SHORTEST_SECRET
 
 __all__ = ["Settings", "load_settings"]
 
-_SECRET: Final = frozenset({"cache_secret_key", "redis_password"})
+_SECRET: Final = frozenset({"cache_secret_key", "cache_secret_key_previous", "redis_password"})
 _SCHEMES: Final = ("redis", "rediss", "unix")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?", re.ASCII | re.IGNORECASE)
 _NAMESPACE = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
@@ -103,6 +104,7 @@ def _url(value: object) -> object:
 
 _Duration = Annotated[float, BeforeValidator(_finite)]
 _Size = Annotated[int, BeforeValidator(_size)]
+_SECRET_TAKES: Final = f"at least {SHORTEST_SECRET} characters of random text; make one with {HOW_TO_MAKE_ONE}"
 _SIZE_TAKES: Final = 'a size in bytes: a whole number, or text such as "512MB" or "1GiB"'
 
 
@@ -141,6 +143,8 @@ class Settings(BaseSettings):
     cache_max_refreshes: int = Field(
         32, ge=0, description="a whole number: refreshes at once in the background; 0 turns them off"
     )
+    cache_max_value_bytes: _Size = Field(8 * 1024**2, gt=0, description=f"{_SIZE_TAKES}; more than 0")
+    cache_max_value_items: int = Field(1_000_000, ge=1, description="a whole number, 1 or more")
     cache_timeout: _Duration = Field(
         0.5, description='seconds that the cache may take altogether, more than 0; or text such as "250ms"'
     )
@@ -165,6 +169,11 @@ class Settings(BaseSettings):
         10_000, ge=1, description="a whole number, 1 or more: deletes remembered one by one while Redis is away"
     )
 
+    cache_secret_key: SecretStr | None = Field(None, min_length=SHORTEST_SECRET, description=_SECRET_TAKES)
+    cache_secret_key_previous: SecretStr | None = Field(
+        None, min_length=SHORTEST_SECRET, description=f"what CACHE_SECRET_KEY held before: {_SECRET_TAKES}"
+    )
+
     redis_url: Annotated[SecretStr | None, BeforeValidator(_url)] = Field(
         None,
         description="redis://[[user]:password@]host[:port][/db], rediss:// for the same with TLS, or unix:///a/socket; "
@@ -177,6 +186,12 @@ class Settings(BaseSettings):
     redis_password: SecretStr | None = Field(None, description="a password")
     redis_ssl: bool = Field(False, description="true or false")
     redis_ca_certs: Path | None = Field(None, description="the path of a file with CA certificates (PEM)")
+    redis_client_cert: Path | None = Field(
+        None, description="the path of a file with a certificate (PEM), for servers that ask for one"
+    )
+    redis_client_key: Path | None = Field(
+        None, description="the path of a file with that certificate's key (PEM), where it stands apart"
+    )
     redis_tls_insecure: bool = Field(
         False, description="true or false; true accepts any certificate, from anybody in between as well"
     )
@@ -187,7 +202,6 @@ class Settings(BaseSettings):
     cache_on_misconfigured: Annotated[Literal["serve"], BeforeValidator(_lower)] = Field(
         "serve", description="serve (loads go on uncached); raise is not available in this version"
     )
-    cache_secret_key: None = Field(None, description="nothing: sealing is not available in this version")
     redis_cluster: Annotated[Literal[False], BeforeValidator(_lower)] = Field(
         False, description="false; Redis Cluster is not available in this version"
     )
@@ -224,7 +238,7 @@ class Settings(BaseSettings):
             return 6379
         return value
 
-    @field_validator("cache_dir", "redis_ca_certs")
+    @field_validator("cache_dir", "redis_ca_certs", "redis_client_cert", "redis_client_key")
     @classmethod
     def _usable_path(cls, value: Path | None) -> Path | None:
         if value is not None and "\0" in str(value):
@@ -265,11 +279,19 @@ class Settings(BaseSettings):
                 f"CACHE_PROBE_MAX held {self.cache_probe_max:g}, CACHE_PROBE_AFTER {self.cache_probe_after:g}; "
                 "CACHE_PROBE_MAX takes no less than CACHE_PROBE_AFTER"
             )
-        if self.cache_backend == "redis" and self.redis_ca_certs is not None and not self.redis_ca_certs.is_file():
+        if self.cache_secret_key_previous is not None and self.cache_secret_key is None:
             raise ValueError(
-                f"REDIS_CA_CERTS held {_held('redis_ca_certs', self.redis_ca_certs)}, where no file is; "
-                "it takes the path of a file with CA certificates (PEM)"
+                "CACHE_SECRET_KEY_PREVIOUS is set and CACHE_SECRET_KEY is not: the one opens what was sealed before, "
+                "the other seals now; to stop sealing, unset both"
             )
+        if self.cache_backend == "redis":
+            for field in ("redis_ca_certs", "redis_client_cert", "redis_client_key"):
+                path: Path | None = getattr(self, field)
+                if path is not None and not path.is_file():
+                    takes = Settings.model_fields[field].description
+                    raise ValueError(f"{field.upper()} held {_held(field, path)}, where no file is; it takes {takes}")
+        if self.redis_client_key is not None and self.redis_client_cert is None:
+            raise ValueError("REDIS_CLIENT_KEY is set and REDIS_CLIENT_CERT is not: a key is of a certificate")
         return self
 
     @property

@@ -172,8 +172,9 @@ def _page(key: bytes, notes: Iterable[Note], now: float) -> bytes:
 
 
 def _notes_in(frame: bytes, key: bytes) -> tuple[list[bytes], list[bytes]]:
-    head, _, payload = unpack(frame, key)
-    if head.kind != Kind.JOURNAL:
+    page = unpack(frame, key)
+    payload = page.payload
+    if page.head.kind != Kind.JOURNAL:
         raise ValueError("no page")
     names: tuple[list[bytes], list[bytes]] = [], []
     at, end = 0, len(payload)

@@ -24,7 +24,7 @@ from .._exceptions import (
     StorePermissionError,
     StoreReadOnlyError,
 )
-from .._frame import HEAD_SIZE, MAX_KEY_BYTES, MAX_MARKS, FrameError, Kind, claim, peek, unpack_head
+from .._frame import HEAD_SIZE, LONGEST_FRONT, FrameError, Kind, claim, peek, unpack_head
 from ._file_counters import Table
 
 # For all locks of one job; below the engine's own deadline, so that an outcome names the cause.
@@ -40,7 +40,6 @@ _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLO
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _AT_ONCE: Final = fcntl.LOCK_EX | fcntl.LOCK_NB
 _LARGE: Final = 1 << 20
-_LONGEST_FRONT: Final = HEAD_SIZE + MAX_KEY_BYTES + 24 * MAX_MARKS
 _FAR: Final = 1 << 33  # the year 2242: "for ever", and within what file systems can say
 _DAMAGED_FOR: Final = 86_400.0  # seconds that a file of ours which can't be read is kept for people to look at
 
@@ -149,7 +148,7 @@ def read_frame(
         if size is None and length > _LARGE:
             # What is no frame, or is longer than its head says, need not fill the memory: the head is enough to tell.
             head = peek(os.pread(file, HEAD_SIZE, 0))
-            if head is None or length - head.payload_length > _LONGEST_FRONT:
+            if head is None or length - head.payload_length > LONGEST_FRONT:
                 length = HEAD_SIZE
         data = os.read(file, length)
         while len(data) < length and (more := os.read(file, length - len(data))):

@@ -42,7 +42,8 @@ from typing import Any, Final
 
 from .._changes import Slot
 from .._exceptions import StoreError
-from .._protocols import Begun, Coherent, Held, Leases, Outcome, Patch, Replaceable, Store, StoreState, Write
+from .._frame import retimed
+from .._protocols import Begun, Coherent, Held, Leases, Outcome, Patch, Replaceable, Retimed, Store, StoreState, Write
 from . import next_store_id
 from ._failover_breaker import Backoff, Breaker
 from ._failover_health import Health
@@ -108,7 +109,8 @@ class FailoverStore:
         self.lane: Callable[[bytes], Hashable] = primary.lane
         if not slow_after > 0:
             raise ValueError(f"slow_after must be more than 0 seconds, not {slow_after!r}")
-        self._standby = None if standby is None else Standby(standby, standby_ttl)
+        self.retimed: Retimed = retimed  # see ``Retiming``
+        self._standby = None if standby is None else Standby(standby, standby_ttl, lambda: self.retimed)
         self._journal = Journal(prefix, max_journal)
 
         def breaker() -> Breaker:
