@@ -21,6 +21,7 @@ from ._protocols import Observer, Store
 from ._shortcut import CURRENT
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from ._settings import Settings
@@ -83,12 +84,19 @@ class RedisCache(Cache):
     While the server is away, reads miss and writes are dropped (``fallback`` None), or a standby serves.
 
     Args:
-        url: ``redis://[user:password@]host:port/db``, ``rediss://`` for TLS, ``unix:///path``.
+        url: ``redis://[user:password@]host:port/db``, ``rediss://`` for TLS, ``unix:///path``,
+            ``sentinel://[user:password@]host:port,host:port/service[/db]``; for a cluster one node or several. None:
+            this machine's port 6379.
         username: Used where the URL has neither a user nor a password.
         password: The same.
         ca_certs: A file of CA certificates to trust, for TLS.
         tls_insecure: Do not verify the server's certificate. Anybody between you and it can then read and forge.
         max_connections: At most so many connections; 1 or more. With 1 there is no near cache.
+        sentinels: ``"host:port,host:port"``, or a list of such; in place of a URL.
+        sentinel_service: What the sentinels call the primary; None: mymaster.
+        sentinel_username: For the sentinels themselves.
+        sentinel_password: The same.
+        cluster: Whether the URL names nodes of a Redis Cluster.
         fallback: A store that serves while the server is away, such as ``FileStore("cache")``.
         **options: See ``Cache``.
 
@@ -98,13 +106,18 @@ class RedisCache(Cache):
 
     def __init__(
         self,
-        url: str = "redis://localhost:6379/0",
+        url: str | None = None,
         *,
         username: str | None = None,
         password: str | None = None,
         ca_certs: str | Path | None = None,
         tls_insecure: bool = False,
         max_connections: int = 50,
+        sentinels: str | Sequence[str] | None = None,
+        sentinel_service: str | None = None,
+        sentinel_username: str | None = None,
+        sentinel_password: str | None = None,
+        cluster: bool = False,
         fallback: Store | None = None,
         **options: Unpack[CacheOptions],
     ) -> None:
@@ -118,6 +131,11 @@ class RedisCache(Cache):
             tls_insecure=tls_insecure,
             timeout=_SHARE * seconds(options.get("timeout", 0.5), "timeout"),
             max_connections=max_connections,
+            sentinels=sentinels,
+            sentinel_service=sentinel_service,
+            sentinel_username=sentinel_username,
+            sentinel_password=sentinel_password,
+            cluster=cluster,
             prefix=options.get("prefix", "mcp_hub:"),
         )
         super().__init__(_guarded(store, fallback, options.get("prefix", "mcp_hub:")), **options)
@@ -182,6 +200,11 @@ def _store(settings: Settings) -> Store:
         tls_insecure=settings.redis_tls_insecure,
         timeout=_SHARE * settings.cache_timeout,
         max_connections=settings.redis_max_connections,
+        sentinels=settings.redis_sentinels,
+        sentinel_service=settings.redis_sentinel_service,
+        sentinel_username=settings.redis_sentinel_username,
+        sentinel_password=secret(settings.redis_sentinel_password),
+        cluster=settings.redis_cluster,
         prefix=settings.cache_key_prefix,
     )
     return _guarded(store, _fallback(settings), settings.cache_key_prefix)
