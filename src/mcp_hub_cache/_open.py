@@ -21,6 +21,7 @@ from ._protocols import Observer, Store
 from ._shortcut import CURRENT
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from pydantic import SecretStr
@@ -106,7 +107,9 @@ class RedisCache(Cache):
     While the server is away, reads miss and writes are dropped (``fallback`` None), or a standby serves.
 
     Args:
-        url: ``redis://[user:password@]host:port/db``, ``rediss://`` for TLS, ``unix:///path``.
+        url: ``redis://[user:password@]host:port/db``, ``rediss://`` for TLS, ``unix:///path``,
+            ``sentinel://[user:password@]host:port,host:port/service[/db]``; for a cluster one node or several. None:
+            this machine's port 6379.
         username: Used where the URL has neither a user nor a password.
         password: The same.
         ca_certs: A file of CA certificates to trust, for TLS.
@@ -114,6 +117,11 @@ class RedisCache(Cache):
         client_key: A file with its key, if that stands apart.
         tls_insecure: Do not verify the server's certificate. Anybody between you and it can then read and forge.
         max_connections: At most so many connections; 1 or more. With 1 there is no near cache.
+        sentinels: ``"host:port,host:port"``, or a list of such; in place of a URL.
+        sentinel_service: What the sentinels call the primary; None: mymaster.
+        sentinel_username: For the sentinels themselves.
+        sentinel_password: The same.
+        cluster: Whether the URL names nodes of a Redis Cluster.
         fallback: A store that serves while the server is away, such as ``FileStore("cache")``.
         failover: When that is: ``failures`` in a row (3), ``slow_after`` so many seconds (half of *timeout*), and
             others; see ``FailoverStore``.
@@ -125,7 +133,7 @@ class RedisCache(Cache):
 
     def __init__(
         self,
-        url: str = "redis://localhost:6379/0",
+        url: str | None = None,
         *,
         username: str | None = None,
         password: str | None = None,
@@ -134,6 +142,11 @@ class RedisCache(Cache):
         client_key: str | Path | None = None,
         tls_insecure: bool = False,
         max_connections: int = 50,
+        sentinels: str | Sequence[str] | None = None,
+        sentinel_service: str | None = None,
+        sentinel_username: str | None = None,
+        sentinel_password: str | None = None,
+        cluster: bool = False,
         fallback: Store | None = None,
         failover: FailoverOptions | None = None,
         **options: Unpack[CacheOptions],
@@ -151,6 +164,11 @@ class RedisCache(Cache):
             tls_insecure=tls_insecure,
             timeout=_SHARE * timeout,
             max_connections=max_connections,
+            sentinels=sentinels,
+            sentinel_service=sentinel_service,
+            sentinel_username=sentinel_username,
+            sentinel_password=sentinel_password,
+            cluster=cluster,
             prefix=options.get("prefix", "mcp_hub:"),
         )
         super().__init__(
@@ -224,6 +242,11 @@ def _store(settings: Settings) -> Store:
         tls_insecure=settings.redis_tls_insecure,
         timeout=_SHARE * settings.cache_timeout,
         max_connections=settings.redis_max_connections,
+        sentinels=settings.redis_sentinels,
+        sentinel_service=settings.redis_sentinel_service,
+        sentinel_username=settings.redis_sentinel_username,
+        sentinel_password=_text_of(settings.redis_sentinel_password),
+        cluster=settings.redis_cluster,
         prefix=settings.cache_key_prefix,
     )
     failover: FailoverOptions = {

@@ -16,7 +16,7 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from dotenv import dotenv_values
 from pydantic import (
@@ -36,8 +36,13 @@ from ._form import HOW_TO_MAKE_ONE, SHORTEST_SECRET
 
 __all__ = ["Settings", "load_settings"]
 
-_SECRET: Final = frozenset({"cache_secret_key", "cache_secret_key_previous", "redis_password"})
-_SCHEMES: Final = ("redis", "rediss", "unix")
+_SECRET: Final = frozenset(
+    {"cache_secret_key", "cache_secret_key_previous", "redis_password", "redis_sentinel_password"}
+)
+_SCHEMES: Final = ("redis", "rediss", "unix", "sentinel", "sentinels")
+_TLS: Final = ("rediss", "sentinels")
+# One or several, with or without a port; an IPv6 address in brackets.
+_HOSTS: Final = re.compile(r"(?:(?:\[[0-9A-Fa-f:.]+\]|[^\s,:/@?#\[\]]+)(?::\d{1,5})?(?:\s*,\s*|$))+")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?", re.ASCII | re.IGNORECASE)
 _NAMESPACE = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 _PREFIX = re.compile(r"[A-Za-z0-9_.:/@{}-]{1,64}", re.ASCII)
@@ -93,6 +98,12 @@ def _url(value: object) -> object:
     if not isinstance(text, str):
         raise ValueError("no text")  # noqa: TRY004 (pydantic turns ValueErrors alone into its own)
     parts = urlsplit(text)
+    hosts = parts.netloc.rpartition("@")[2]
+    if parts.scheme.startswith("sentinel") or "," in hosts:
+        path = r"(/[^/@]*(/\d*)?)?" if parts.scheme.startswith("sentinel") else r"/?\d*"
+        if parts.scheme not in _SCHEMES or not _HOSTS.fullmatch(hosts) or not re.fullmatch(path, parts.path):
+            raise ValueError("no list of hosts")
+        return value
     if parts.scheme not in _SCHEMES or not (parts.path if parts.scheme == "unix" else parts.hostname):
         raise ValueError("no URL of a server")
     if parts.scheme != "unix" and not re.fullmatch(r"/?\d*", parts.path):
@@ -176,7 +187,8 @@ class Settings(BaseSettings):
 
     redis_url: Annotated[SecretStr | None, BeforeValidator(_url)] = Field(
         None,
-        description="redis://[[user]:password@]host[:port][/db], rediss:// for the same with TLS, or unix:///a/socket; "
+        description="redis://[[user]:password@]host[:port][/db], rediss:// for the same with TLS, unix:///a/socket, or "
+        "sentinel://[user:password@]host:port,host:port/service[/db] (sentinels:// with TLS); "
         "in a password, the characters / @ : ? # % are percent-encoded",
     )
     redis_host: str = Field("localhost", description="a host name or address alone; a URL goes into REDIS_URL")
@@ -196,16 +208,17 @@ class Settings(BaseSettings):
         False, description="true or false; true accepts any certificate, from anybody in between as well"
     )
     redis_max_connections: int = Field(50, ge=1, description="a whole number, 1 or more")
+    redis_sentinels: str | None = Field(None, description="host:port,host:port: where the sentinels are")
+    redis_sentinel_service: str | None = Field(None, description="what the sentinels call the primary")
+    redis_sentinel_username: str | None = Field(None, description="a user name, for the sentinels themselves")
+    redis_sentinel_password: SecretStr | None = Field(None, description="a password, for the sentinels themselves")
+    redis_cluster: bool = Field(False, description="true or false")
 
     # Names that later versions give a meaning: asking for it now must not be ignored in silence.
     cache_compress_min_bytes: None = Field(None, description="nothing: compression is not available in this version")
     cache_on_misconfigured: Annotated[Literal["serve"], BeforeValidator(_lower)] = Field(
         "serve", description="serve (loads go on uncached); raise is not available in this version"
     )
-    redis_cluster: Annotated[Literal[False], BeforeValidator(_lower)] = Field(
-        False, description="false; Redis Cluster is not available in this version"
-    )
-    redis_sentinels: None = Field(None, description="nothing: Sentinel is not available in this version")
 
     model_config = SettingsConfigDict(
         case_sensitive=False,
@@ -224,11 +237,6 @@ class Settings(BaseSettings):
                 assert info.field_name is not None
                 return cls.model_fields[info.field_name].default
         return value
-
-    @field_validator("redis_cluster", mode="before")
-    @classmethod
-    def _said_otherwise(cls, value: object) -> object:
-        return False if isinstance(value, str) and value.strip().lower() in {"false", "0", "no", "off", ""} else value
 
     @field_validator("redis_port", mode="before")
     @classmethod
@@ -267,12 +275,30 @@ class Settings(BaseSettings):
             raise ValueError("no host")
         return value
 
+    @field_validator("redis_sentinels")
+    @classmethod
+    def _list_of_hosts(cls, value: str | None) -> str | None:
+        if value is not None and not _HOSTS.fullmatch(value):
+            raise ValueError("no list of hosts")
+        return value
+
     @model_validator(mode="after")
     def _agree(self) -> Settings:
         if self.redis_ssl and self.redis_url is not None and not self.tls:
             raise ValueError(
                 f"REDIS_SSL held true, but REDIS_URL held {_held('redis_url', self.redis_url)}, which has no TLS; "
                 "REDIS_SSL=true takes a URL that starts with rediss://"
+            )
+        self._agree_on_sentinels()
+        if not self.redis_cluster and self._url_hosts.count(",") and not self._is_sentinel_url:
+            raise ValueError(
+                f"REDIS_URL held {_held('redis_url', self.redis_url)}, which names several hosts; for a cluster's "
+                "nodes set REDIS_CLUSTER=true, for sentinels use sentinel://host:port,host:port/service"
+            )
+        if self.redis_cluster and (number := self.redis_db or self._url_database):
+            raise ValueError(
+                f"REDIS_CLUSTER held true, but REDIS_DB (or the number at the end of REDIS_URL) held {number}; a "
+                "cluster has database 0 alone: leave it out, and keep caches apart by CACHE_NAMESPACE"
             )
         if self.cache_probe_max < self.cache_probe_after:
             raise ValueError(
@@ -294,18 +320,55 @@ class Settings(BaseSettings):
             raise ValueError("REDIS_CLIENT_KEY is set and REDIS_CLIENT_CERT is not: a key is of a certificate")
         return self
 
+    def _agree_on_sentinels(self) -> None:
+        by_url = self._is_sentinel_url
+        if self.redis_sentinels is not None and self.redis_url is not None:
+            raise ValueError(
+                "REDIS_SENTINELS and REDIS_URL both say where Redis is; leave one of them out (a URL for Sentinel is "
+                "sentinel://host:port,host:port/service)"
+            )
+        if self.redis_cluster and (self.redis_sentinels is not None or by_url):
+            raise ValueError(
+                f"REDIS_CLUSTER held true, but {'REDIS_URL' if by_url else 'REDIS_SENTINELS'} names sentinels, which a "
+                "cluster does not have; leave one of the two out"
+            )
+        for name in ("redis_sentinel_service", "redis_sentinel_username", "redis_sentinel_password"):
+            if getattr(self, name) is not None and self.redis_sentinels is None and not by_url:
+                raise ValueError(
+                    f"{name.upper()} is set, but there are no sentinels; set REDIS_SENTINELS=host:port,host:port, or "
+                    f"unset {name.upper()}"
+                )
+
+    @property
+    def _split_url(self) -> SplitResult:
+        return urlsplit("" if self.redis_url is None else self.redis_url.get_secret_value())
+
+    @property
+    def _is_sentinel_url(self) -> bool:
+        return self._split_url.scheme.startswith("sentinel")
+
+    @property
+    def _url_hosts(self) -> str:
+        return self._split_url.netloc.rpartition("@")[2]
+
+    @property
+    def _url_database(self) -> int:
+        path = self._split_url.path.strip("/")
+        return int(path) if path.isdecimal() else 0
+
     @property
     def tls(self) -> bool:
         """Whether connections to Redis are encrypted."""
-        if self.redis_url is not None:
-            return urlsplit(self.redis_url.get_secret_value()).scheme == "rediss"
-        return self.redis_ssl
+        return self.redis_ssl if self.redis_url is None else self._split_url.scheme in _TLS
 
     @property
     def server(self) -> str:
         """Where Redis is, without any secret: for logs and status."""
         if self.redis_url is not None:
             return _redacted(self.redis_url.get_secret_value())
+        if self.redis_sentinels is not None:
+            service = self.redis_sentinel_service or "mymaster"
+            return f"sentinel{'s' if self.redis_ssl else ''}://{self.redis_sentinels}/{service}/{self.redis_db}"
         host = f"[{self.redis_host}]" if ":" in self.redis_host else self.redis_host
         return f"{'rediss' if self.redis_ssl else 'redis'}://{host}:{self.redis_port}/{self.redis_db}"
 
