@@ -13,6 +13,7 @@ import pytest
 
 from mcp_hub_cache import RedisCache
 from mcp_hub_cache.stores.file import FileStore
+from tests.backends import poll
 from tests.servers import Server, valkey_server
 
 _CHILD = """
@@ -73,3 +74,26 @@ async def test_deletes_of_a_process_that_was_killed_during_an_outage_are_made_up
             while not await told():
                 await asyncio.sleep(0.01)
         assert await cache.get("kept") == "there"
+
+
+async def test_a_server_that_restarts_without_the_last_changes_has_the_deletes_made_again(
+    server: Server, tmp_path: Path
+) -> None:
+    """As a replica does that is promoted: it has what the old one had a moment before."""
+    async with _cache(server, tmp_path) as cache:
+        await cache.set("gone", "old")
+        (key,) = server.command("KEYS", "*gone*")
+        dump = server.command("DUMP", key)
+        assert await cache.delete("gone") is True
+        server.kill()
+        server.start()
+        server.command("RESTORE", key, 0, dump)
+
+        async def healthy() -> bool:
+            return await cache.health_check()
+
+        async with asyncio.timeout(20):
+            while not await healthy():
+                await asyncio.sleep(0.01)
+        assert await cache.get("gone") is None
+        await poll(lambda: server.command("EXISTS", key) == 0)

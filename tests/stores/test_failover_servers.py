@@ -39,7 +39,7 @@ async def store(server: Server, tmp_path: Path) -> AsyncIterator[FailoverStore]:
     await store.aclose()
 
 
-def _store(server: Server, folder: Path, *, timeout: float = 0.2) -> FailoverStore:
+def _store(server: Server, folder: Path, *, timeout: float = 0.4) -> FailoverStore:
     return FailoverStore(RedisStore(server.url, timeout=timeout), FileStore(folder), probe_after=0.05, probe_max=0.2)
 
 
