@@ -110,6 +110,21 @@ class World:
                 self._changed.clear()
                 await self._changed.wait()
 
+    async def noticed(self, store: FailoverStore | None = None) -> None:
+        """Let probes find out that what has failed is away."""
+        store = store or self.store
+        async with asyncio.timeout(5):
+            while store.state().state == "healthy":
+                store._keeper.wake()
+                await asyncio.sleep(0)
+
+    async def trusted(self) -> None:
+        """Let probes find out that what has failed is there."""
+        async with asyncio.timeout(5):
+            while self.store._health.away:
+                self.store._keeper.wake()
+                await asyncio.sleep(0)
+
     async def come_back(self) -> None:
         """Let the primary serve again; a ping by whoever has it looked at at once."""
         self.primary.repair()

@@ -92,25 +92,55 @@ async def test_away_at_the_start_the_standby_serves_at_once(world: Make, caplog:
     ]
 
 
-async def test_at_run_time_a_few_failures_in_a_row_open(world: Make, caplog: pytest.LogCaptureFixture) -> None:
+async def test_one_failure_is_a_suspicion_that_probes_look_into(world: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """So that an outage costs a caller one deadline and no more."""
     caplog.set_level(logging.INFO, "mcp_hub_cache")
     w = world()
     await w.set(A, b"1")
     for _ in range(2):
         w.primary.break_down(StoreTimeoutError("redis:6379 did not answer within 0.5 s."))
+        asked = w.primary.calls.get("get_many", 0)
         assert [await w.get(A), await w.get(A)] == [None, None]
+        assert w.primary.calls["get_many"] == asked + 1
         w.primary.repair()
+        await w.trusted()
         assert await w.get(A) == b"1"
     assert w.states == []
+    assert (await w.store.info())["breaker"] == "closed"
+    assert caplog.records == []
+
+
+async def test_a_few_failures_in_a_row_open(world: Make, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "mcp_hub_cache")
+    w = world(probe_after=0.001, probe_max=3600.0)
+    await w.set(A, b"1")
     w.primary.break_down(StoreUnreachableError("Redis connection failed: redis:6379 closed the connection."))
-    for _ in range(5):
-        assert await w.get(A) is None
-    assert w.primary.calls["get_many"] == 4 + 2 + 3
+    assert await w.get(A) is None
+    await w.until("degraded")  # by itself
+    assert w.primary.calls["get_many"] == 1
+    assert w.primary.calls["ping"] == 2
     assert w.states == [("healthy", "degraded")]
     assert [record.getMessage() for record in caplog.records] == [
         "Redis connection failed: redis:6379 closed the connection.",
         "Falling back to file-based cache",
     ]
+
+
+async def test_one_that_answers_probes_and_nothing_else_is_away_all_the_same(
+    world: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = world()
+    await w.set(A, b"1")
+
+    async def gone(_: object) -> Any:
+        raise StoreTimeoutError("redis:6379 did not answer within 0.5 s.")
+
+    monkeypatch.setattr(w.primary, "head_many", gone)
+    for _ in range(3):
+        await w.store.head_many([A])
+        if not w.states:
+            await w.trusted()
+    assert w.states == [("healthy", "degraded")]
 
 
 async def test_it_comes_back_by_itself(world: Make, caplog: pytest.LogCaptureFixture) -> None:
@@ -185,7 +215,7 @@ async def test_everything_is_asked_of_the_store_that_serves(world: Make) -> None
     assert [page async for page in w.store.scan(b"mcp_hub:")] == []
     assert (await w.store.info())["total_keys"] == 0
     assert await w.store.clear(b"mcp_hub:t:") == 0
-    assert w.store.state().state == "degraded"
+    await w.noticed()
     with pytest.raises(StoreUnreachableError):
         await w.store.ping()
     assert await w.store.get_many([]) == []

@@ -9,6 +9,8 @@ A circuit breaker (Nygard, *Release It!*, 2007) over round trips, with jittered 
                                                                        └──── probe_failed() ────────┘
 
 Rules:
+- After the first failure nobody else should have to find out for himself: the next is due to a probe, at once, and
+  those after it at short intervals.
 - Only the holder's probe goes through while it is not closed; there is no share of ordinary calls that tries its luck.
 - A store that never answered has no credit: its first failure opens. Nor has a part of it while another part is away.
 - An answer that arrives late, after it opened, changes nothing: only a probe closes it.
@@ -67,7 +69,17 @@ class Breaker:
         contacted: Whether there ever was an answer.
     """
 
-    __slots__ = ("_backoff", "_clock", "_due", "_interval", "_limit", "contacted", "failed_in_a_row", "state")
+    __slots__ = (
+        "_backoff",
+        "_clock",
+        "_due",
+        "_interval",
+        "_limit",
+        "_verify",
+        "contacted",
+        "failed_in_a_row",
+        "state",
+    )
 
     def __init__(
         self,
@@ -89,6 +101,7 @@ class Breaker:
         self.contacted = False
         self._limit = failures
         self._clock = clock
+        self._verify = probe_after / 5
         self._backoff = Backoff(probe_after, probe_max, rng)
         self._interval = 0.0
         self._due = 0.0
@@ -105,6 +118,8 @@ class Breaker:
             return False
         self.failed_in_a_row += 1
         if credit and self.contacted and self.failed_in_a_row < self._limit:
+            self._interval = self._verify * (self.failed_in_a_row - 1)
+            self._due = self._clock() + self._interval
             return False
         self.trip()
         return True

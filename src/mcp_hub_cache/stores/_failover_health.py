@@ -1,6 +1,9 @@
 """How a primary is: which parts of it serve, and why others do not. Decided, and logged once per change; no I/O.
 
 Rules:
+- A part that has failed once is *suspected*: nothing more is asked of it until a probe has answered, so that one
+  deadline is all that an outage costs a caller. Nobody is told of a suspicion; it becomes an outage with the failures
+  in a row that open the breaker, or goes.
 - A primary is as many parts as it has lanes, each with a breaker of its own: one dead node of a cluster takes its own
   keys with it, and no others. While one part is away, the first failure of another is enough.
 - A primary that refuses us (credentials, TLS) is *misconfigured*: nothing stands in for it.
@@ -36,7 +39,7 @@ class Part:
     """What serves the keys of one lane.
 
     Attributes:
-        problem: Why it is away; None: it is not.
+        problem: Why it is away, or suspected to be; None: it is not.
     """
 
     __slots__ = ("breaker", "lane", "problem")
@@ -45,6 +48,11 @@ class Part:
         self.lane = lane
         self.breaker = breaker
         self.problem: StoreError | None = None
+
+    @property
+    def is_suspected(self) -> bool:
+        """Whether it has failed, but not often enough to be away."""
+        return self.problem is not None and self.breaker.state == "closed"
 
 
 class Health:
@@ -57,7 +65,7 @@ class Health:
         clock: Seconds since the epoch, for ``StoreState.since``.
 
     Attributes:
-        away: The parts that are, by lane.
+        away: The parts that are, by lane, and those that are suspected to be.
         on_state: Called with the old and the new state.
     """
 
@@ -108,7 +116,7 @@ class Health:
 
     def state(self) -> StoreState:
         """See ``Monitored.state``. The worst that is known of any part."""
-        problems = [part.problem for part in self.away.values() if part.problem is not None]
+        problems = [part.problem for part in self.away.values() if part.problem and not part.is_suspected]
         problem = next((one for one in problems if refuses(one)), problems[0] if problems else None)
         if problem is None:
             problem = next((error for name, error in self._denied.items() if name in _DATA), None)
@@ -125,8 +133,9 @@ class Health:
         facts: dict[str, str | int | float] = {
             "breaker": next((state for state in ("open", "half-open") if state in states), "closed")
         }
-        if len(self.away) not in {0, len(self._parts)}:
-            facts["parts_away"] = len(self.away)
+        away = sum(not part.is_suspected for part in self.away.values())
+        if away not in {0, len(self._parts)}:
+            facts["parts_away"] = away
         return facts
 
     def _announce(self, old: StoreState) -> None:
@@ -147,19 +156,28 @@ class Health:
             del self._denied[name]
             self._announce(old)
 
-    def failed(self, name: str, error: StoreError, lane: Hashable) -> bool:
-        """A call by that *name* to the part for *lane* failed. True: that is now away, or is another matter."""
+    def failed(self, name: str, error: StoreError, lane: Hashable, *, late: bool = False) -> bool:
+        """A call by that *name* to the part for *lane* failed. True: somebody else is to be asked now.
+
+        *late*: it brought an answer. Probes may be quick where calls are slow, so that is no suspicion.
+        """
         part = self.part(lane)
         old, first = self.state(), not part.breaker.contacted
         if error.outage:
-            if part.breaker.failed(credit=not self.away):
+            others = any(other is not part and not other.is_suspected for other in self.away.values())
+            if part.breaker.failed(credit=not others):
                 self.go_away(part, error, old, first=first)
-                return True
-        elif refuses(error):
+            elif late:
+                return False
+            else:
+                part.problem = error
+                self.away[lane] = part
+            return True
+        if refuses(error):
             part.breaker.trip()
             self.go_away(part, error, old, first=first)
             return True
-        elif isinstance(error, _ANSWERS):
+        if isinstance(error, _ANSWERS):
             part.breaker.answered()
             if isinstance(error, StorePermissionError):
                 self._denied[name] = error
@@ -170,7 +188,7 @@ class Health:
 
     def go_away(self, part: Part, error: StoreError, old: StoreState, *, first: bool = False) -> None:
         """*part* is away for *error*; *old* is what it was before."""
-        is_news = str(error) not in {str(other.problem) for other in self.away.values()}
+        is_news = str(error) not in {str(other.problem) for other in self.away.values() if other is not part}
         part.problem = error
         self.away[part.lane] = part
         if is_news:
@@ -193,7 +211,13 @@ class Health:
             _log.info("No cache to fall back to: calls go through uncached")
 
     def still_away(self, part: Part, error: StoreError) -> bool:
-        """A probe of *part* failed. True: for another kind of reason than before."""
+        """A probe of *part* failed. True: that makes a difference to who is asked."""
+        if part.is_suspected:
+            if error.outage or refuses(error):
+                return self.failed("ping", error, part.lane)
+            self.is_back(part, 0)  # busy, or the like: it is there
+            return True
+        part.breaker.probe_failed()
         problem = part.problem
         assert problem is not None
         if refuses(problem) == refuses(error):
@@ -204,6 +228,10 @@ class Health:
 
     def is_back(self, part: Part, replayed: int) -> None:
         """*part* serves again, after so many deletes were made up for."""
+        if part.is_suspected:  # that it answers probes takes back no failure: answers do
+            part.problem = None
+            del self.away[part.lane]
+            return
         old = self.state()
         part.problem = None
         del self.away[part.lane]

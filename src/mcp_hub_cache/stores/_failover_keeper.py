@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from typing import Final
 
-from .._exceptions import StoreError, StorePermissionError, StoreTimeoutError
+from .._exceptions import StoreError, StorePermissionError, StoreTimeoutError, StoreUnreachableError
 from .._lifetime import PerLoop
 from .._protocols import Store
 from ._failover_breaker import Backoff
@@ -129,7 +129,7 @@ class Keeper:
 
     def was_slow(self, name: str, lane: Hashable, seconds: float) -> None:
         """A call by that *name* brought an answer, but took so long. As good as failed: its caller has waited."""
-        self.failed(name, self._slowness(seconds), lane)
+        self.failed(name, self._slowness(seconds), lane, late=True)
 
     def _slowness(self, seconds: float) -> StoreError:
         return StoreTimeoutError(
@@ -137,15 +137,16 @@ class Keeper:
             cure="Check what keeps the server or the network busy, or raise CACHE_SLOW_AFTER.",
         )
 
-    def failed(self, name: str, error: StoreError, lane: Hashable) -> None:
-        """A call by that *name* to the part for *lane* failed."""
-        if lane in self.health.away:
+    def failed(self, name: str, error: StoreError, lane: Hashable, *, late: bool = False) -> None:
+        """A call by that *name* to the part for *lane* failed. *late*: it brought an answer."""
+        part = self.health.part(lane)
+        if part.breaker.state != "closed":
             return
-        if error.outage:
+        if error.outage and not late:
             self._begin_epoch()
-            if self._standby is not None and not self.health.part(lane).breaker.failed_in_a_row:
+            if self._standby is not None and not part.breaker.failed_in_a_row:
                 self._standby.begin_outage()
-        if self.health.failed(name, error, lane):
+        if self.health.failed(name, error, lane, late=late):
             self._begin_epoch()
             if (session := self._sessions.peek()) is not None:
                 session.wake.set()  # its probe may be due before what is waited for
@@ -307,22 +308,27 @@ class Keeper:
             except StoreError as error:
                 if error.outage or refuses(error):
                     raise
-            if self._standby is not None and alone:
+            if self._standby is not None and alone and not part.is_suspected:
                 await self._standby.drop(self._prefix)
         except StoreError as error:
-            part.breaker.probe_failed()
-            if self.health.still_away(part, error):
-                if self._standby is not None:
-                    self._standby.begin_outage()
-                self._begin_epoch()
-        except BaseException as error:
-            part.breaker.probe_failed()
-            if not isinstance(error, Exception):
-                raise
+            self._probe_failed(part, error)
+        except Exception as error:  # noqa: BLE001  # see the last rule
             _log.exception("unexpected error while probing the %s store", self._primary.name)
+            self._probe_failed(part, StoreUnreachableError(f"unexpected {type(error).__name__} in the store."))
+        except BaseException:
+            if not part.is_suspected:
+                part.breaker.probe_failed()
+            raise
         else:
             self.health.is_back(part, notes - len(self._journal))
             self._backoff.reset()
+            self._begin_epoch()
+
+    def _probe_failed(self, part: Part, error: StoreError) -> None:
+        suspected = part.is_suspected
+        if self.health.still_away(part, error):
+            if self._standby is not None and not suspected:
+                self._standby.begin_outage()
             self._begin_epoch()
 
     async def _ping(self, lane: Hashable) -> None:
