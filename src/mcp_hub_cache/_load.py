@@ -184,11 +184,12 @@ class Loads:
             self._refreshed(flight, plan)
             return
         session.behind += 1
-        flight.task.add_done_callback(lambda _: self._landed_behind(session, flight, plan))
+        flight.task.add_done_callback(lambda task: self._landed_behind(session, flight, plan, task))
 
-    def _landed_behind(self, session: Session, flight: Flight, plan: Plan) -> None:
+    def _landed_behind(self, session: Session, flight: Flight, plan: Plan, task: asyncio.Task[None]) -> None:
         session.behind -= 1
-        self._refreshed(flight, plan)
+        if not task.cancelled():  # the cache was closed, or its loop ends: nothing has failed
+            self._refreshed(flight, plan)
 
     def _refreshed(self, flight: Flight, plan: Plan) -> None:
         error = flight.error
