@@ -169,9 +169,9 @@ class Engine:
             steps.push_async_callback(self.store.aclose)
             steps.callback(session.l1.clear)
             steps.push_async_callback(session.lines.aclose)
+            steps.push_async_callback(session.placeholders.aclose)  # after all who may plant one
             steps.push_async_callback(self._end_tasks, session)
             steps.push_async_callback(session.flights.aclose)
-            steps.push_async_callback(session.placeholders.aclose)
             if session.use is not None:
                 session.use.end()
 

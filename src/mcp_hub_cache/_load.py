@@ -22,7 +22,7 @@ from typing import Any, Final
 from ._async_cache import Loader
 from ._codec import FAILURE, DecodeError, decode, is_immutable
 from ._engine import Engine, Session
-from ._exceptions import CircularLoadError, LoadTimeoutError, StoreError
+from ._exceptions import CacheError, CircularLoadError, LoadTimeoutError, StoreError
 from ._flight import PENDING, Flight
 from ._frame import TOKEN
 from ._freshness import lead
@@ -178,7 +178,7 @@ class Loads:
         work = Leader(self._engine, self._reads, self._writes, key, loader, plan, reachable=True).fly
         try:
             flight, _ = session.flights.board(key, plan.name, work, group=plan.owner, cargo=trip, kept=True)
-        except CircularLoadError:  # a loader that asks for itself, and is served
+        except CacheError:  # a loader that asks for itself, and is served; or the cache was closed meanwhile
             return
         if flight.task is None:  # an eager task factory has flown it already
             self._refreshed(flight, plan)
