@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack
 from typing import Any, Final, TypeVar, cast
 
 from ._blake import blake2b
@@ -169,18 +170,26 @@ class Engine:
         return session
 
     async def _close(self, session: Session) -> None:
-        if session.use is not None:
-            session.use.end()
-        await session.placeholders.aclose()
-        await session.flights.aclose()
-        if session.tasks:
-            await asyncio.wait(session.tasks, timeout=self.timeout)
-        for task in session.tasks:
-            task.cancel()
-        await asyncio.gather(*session.tasks, return_exceptions=True)
-        await session.lines.aclose()
-        session.l1.clear()
-        await self.store.aclose()
+        # In this order read from below, and each step whatever became of the one before: a close that is cancelled half
+        # way, as by the end of the program, would leave connections open.
+        async with AsyncExitStack() as steps:
+            steps.push_async_callback(self.store.aclose)
+            steps.callback(session.l1.clear)
+            steps.push_async_callback(session.lines.aclose)
+            steps.push_async_callback(session.placeholders.aclose)  # after all who may plant one
+            steps.push_async_callback(self._end_tasks, session)
+            steps.push_async_callback(session.flights.aclose)
+            if session.use is not None:
+                session.use.end()
+
+    async def _end_tasks(self, session: Session) -> None:
+        try:
+            if session.tasks:
+                await asyncio.wait(session.tasks, timeout=self.timeout)
+        finally:
+            for task in session.tasks:
+                task.cancel()
+            await asyncio.gather(*session.tasks, return_exceptions=True)
 
     def _switched(self, old: str, new: str) -> None:
         self.tier = self.store.name if self.monitored is None else self.monitored.serving

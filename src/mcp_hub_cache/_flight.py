@@ -138,6 +138,7 @@ class Flights:
         self._loop = loop
         self._live: dict[bytes, Flight] = {}
         self._flights: set[Flight] = set()  # the detached ones too
+        self._closed = False
 
     def __len__(self) -> int:
         """How many can be joined."""
@@ -171,7 +172,10 @@ class Flights:
 
         Raises:
             CircularLoadError: The caller runs inside a load of the same key.
+            CacheError: All have been ended: the caller had asked before, and nobody would end what begins now.
         """
+        if self._closed:
+            raise _closed(name)
         flight = self._live.get(key)
         if flight is not None and not (anew and (flight.begun or not flight.anew)):
             return flight, False
@@ -329,15 +333,20 @@ class Flights:
         return flight is not None and flight.group != group
 
     async def aclose(self) -> None:
-        """Cancel every load and wait for its end; who waits for one gets a ``CacheError``."""
+        """Cancel every load and wait for its end; who waits for one gets a ``CacheError``, as who wants one later."""
+        self._closed = True
         me = asyncio.current_task()  # a loader may close the cache that it loads for
         flights = [flight for flight in self._flights if flight.task is not me]
         for flight in flights:
-            self._land(flight, CacheError(f"the cache was closed while {flight.name} was being loaded."))
+            self._land(flight, _closed(flight.name))
         tasks = [flight.task for flight in flights if flight.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _closed(name: str) -> CacheError:
+    return CacheError(f"the cache was closed while {name} was being loaded.")
 
 
 def _wake(future: asyncio.Future[None]) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Final
 from ._async_cache import Loader
 from ._codec import FAILURE, DecodeError, decode, is_immutable
 from ._engine import Engine, Session
-from ._exceptions import CircularLoadError, LoadTimeoutError, StoreError
+from ._exceptions import CacheError, CircularLoadError, LoadTimeoutError, StoreError
 from ._flight import PENDING, Flight
 from ._frame import TOKEN
 from ._freshness import lead
@@ -178,17 +178,18 @@ class Loads:
         work = Leader(self._engine, self._reads, self._writes, key, loader, plan, reachable=True).fly
         try:
             flight, _ = session.flights.board(key, plan.name, work, group=plan.owner, cargo=trip, kept=True)
-        except CircularLoadError:  # a loader that asks for itself, and is served
+        except CacheError:  # a loader that asks for itself, and is served; or the cache was closed meanwhile
             return
         if flight.task is None:  # an eager task factory has flown it already
             self._refreshed(flight, plan)
             return
         session.behind += 1
-        flight.task.add_done_callback(lambda _: self._landed_behind(session, flight, plan))
+        flight.task.add_done_callback(lambda task: self._landed_behind(session, flight, plan, task))
 
-    def _landed_behind(self, session: Session, flight: Flight, plan: Plan) -> None:
+    def _landed_behind(self, session: Session, flight: Flight, plan: Plan, task: asyncio.Task[None]) -> None:
         session.behind -= 1
-        self._refreshed(flight, plan)
+        if not task.cancelled():  # the cache was closed, or its loop ends: nothing has failed
+            self._refreshed(flight, plan)
 
     def _refreshed(self, flight: Flight, plan: Plan) -> None:
         error = flight.error

@@ -90,7 +90,7 @@ async def test_a_folder_of_ours_replaced(tmp_path: Path, what: str, kind: str) -
     """By a link to a whole cache of somebody else's, for instance, which must not be written, nor taken away."""
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     async with opened(theirs) as cache:
-        await cache.set_many({"k": "theirs", **{str(n): n for n in range(600)}})
+        await cache.set_many({"k": "theirs", **{str(n): n for n in range(20)}})
     async with opened(ours) as cache:
         await cache.set("k", "ours")
         there = file_of(ours, "k").parent if what == "shelf" else file_of(ours, "k").parents[1]
