@@ -90,6 +90,11 @@ def make_address(
     elif path is not None and use_tls:
         raise ValueError("a unix socket has no TLS: leave ssl or unix_socket_path out")
     _check(host, port, db, path)
+    if client_cert and not use_tls:
+        raise ValueError(
+            "client_cert (REDIS_CLIENT_CERT) was given, but no TLS to show it in: use a rediss:// URL, or ssl=True "
+            "(REDIS_SSL=true)"
+        )
     context = _context(files, insecure=tls_insecure) if use_tls else None
     return Address(host, port, path, db, username or None, password or None, context)
 
