@@ -318,7 +318,13 @@ async def test_wrong_passwords_on_a_real_server(ear: Ear) -> None:
         opened = [RedisCache(url, timeout=PATIENT, secret_key=SECRET) for url in urls]
         opened.append(RedisCache(server.url, password=PASSWORD, timeout=PATIENT))
         opened.append(
-            open_cache(cache_backend="redis", redis_port=server.port, redis_password=PASSWORD, cache_fallback="none")
+            open_cache(
+                cache_backend="redis",
+                cache_timeout=PATIENT,
+                cache_fallback="none",
+                redis_port=server.port,
+                redis_password=PASSWORD,
+            )
         )
         async with caches(*opened):
             for cache in opened:
@@ -361,7 +367,7 @@ async def test_tls_that_fails(ear: Ear, tmp_path: Path) -> None:
             f"redis://:{PASSWORD}@localhost:{server.tls_port}/0",
         ):
             store = RedisStore(url, timeout=3.0)
-            ear.of((await ear.raises(errors.StoreTLSError, store.ping())).__cause__)
+            await ear.raises(errors.StoreError, store.ping())
             ear.note(store)
             await store.aclose()
 
