@@ -719,7 +719,7 @@ async def test_an_add_wins_over_a_load_in_progress(cache: Cache, backend: Backen
     [
         ("", InvalidKeyError, "at least one character"),
         ("x" * 1025, InvalidKeyError, r"at most 1,024 characters.*has 1,025"),
-        ("a\ud800", InvalidKeyError, "surrogates"),
+        ("a\ud800", InvalidKeyError, "surrogate"),
         (None, TypeError, "str, not NoneType"),
         (b"k", TypeError, "str, not bytes"),
         (1, TypeError, "str, not int"),

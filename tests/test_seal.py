@@ -7,6 +7,8 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,16 +18,31 @@ from hypothesis import strategies as st
 from mcp_hub_cache import Cache, FileCache, MemoryCache, RedisCache, SettingsError, open_cache
 from mcp_hub_cache import _form as form
 from mcp_hub_cache._exceptions import StoreUnreachableError
-from mcp_hub_cache._frame import HEAD_SIZE, FrameError, Kind, Mark, claim, key_of, pack, peek, placeholder, unpack
+from mcp_hub_cache._frame import (
+    HEAD_SIZE,
+    SEALED_START,
+    FrameError,
+    Kind,
+    Mark,
+    claim,
+    key_of,
+    pack,
+    peek,
+    placeholder,
+    unpack,
+)
 from mcp_hub_cache._seal import OVERHEAD, Seal
 from mcp_hub_cache._settings import load_settings
 from mcp_hub_cache.stores.failover import FailoverStore
+from mcp_hub_cache.stores.file import FileStore
 from mcp_hub_cache.stores.memory import MemoryStore
 from mcp_hub_cache.testing import FakeClock, FaultyStore
-from tests.backends import store_raw, stored
+from tests.backends import PATIENT, WITH_FAILOVER, Backend, poll, store_raw, stored
 from tests.forks import in_child
 from tests.golden import GOLDEN, golden_cases, golden_seal, written
+from tests.servers import Server, valkey_server
 
+NOBODY = "redis://127.0.0.1:1/0"  # port 1: refused at once
 KEY = b"mcp_hub:default:e:plan:42"
 SECRET = "correct horse battery staple, and then some"
 OTHER = "another secret, of as many characters as it takes"
@@ -122,6 +139,13 @@ def test_whatever_else_is_done_to_a_frame_makes_a_miss(data: st.DataObject) -> N
     )
     if edited not in {one, two}:
         assert reason(edited)
+
+
+@given(st.binary(max_size=200), st.sampled_from([1, 2]))
+def test_whatever_follows_the_first_bytes_is_a_frame_error(data: bytes, kind: int) -> None:
+    assert reason(SEALED_START + bytes([kind]) + data)
+    with pytest.raises(FrameError):
+        SEAL.verified_head(SEALED_START + data, KEY)
 
 
 def test_the_times_can_not_be_moved_by_any_of_the_heads_that_go_around() -> None:
@@ -273,7 +297,9 @@ async def test_keys_and_deletes_count_what_can_be_read_alone() -> None:
     await Cache(store, secret_key=OTHER).set("another's", 1)
     await cache.set("ours", 1)
     assert [key async for key in cache.keys("")] == ["ours"]
-    assert (await cache.status()).total_keys == 1
+    status = await cache.status()
+    assert status.total_keys == 1 and status.facts["sealed"]
+    assert "sealed" not in (await Cache(store).status()).facts
     assert not await cache.exists("plain") and not await cache.exists("another's")
     assert cache.stats.errors == {"unsealed": 1, "forged": 1}
     assert await cache.delete_many(["plain", "another's", "ours"]) == 1
@@ -354,6 +380,77 @@ async def test_the_standby_serves_what_it_had_to_cut() -> None:
     assert await cache.ttl("k") == 30
     assert cache.stats.errors.get("forged") is None
     await cache.aclose()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with valkey_server() as server:
+        yield server
+
+
+@pytest.mark.parametrize("name", WITH_FAILOVER)
+async def test_a_sealed_entry_lives_in_every_store_as_any_other(name: str, tmp_path: Path, server: Server) -> None:
+    backend = Backend(name, tmp_path, server if name.startswith("redis") else None)
+    one, two = backend.open(secret_key=SECRET), backend.open(secret_key=OTHER, previous_secret_key=SECRET)
+    try:
+        await one.set_many({"a": [1], "b": [2]}, ttl=60, tags=["t"])
+        await one.set("c", b"3" * 1_000_000, ttl=60)
+        assert not await two.add("a", [0]) and await two.add("d", [4])
+        assert await two.get_many(list("abcd")) == {"a": [1], "b": [2], "c": b"3" * 1_000_000, "d": [4]}
+        assert await two.touch("a", 6000) and await two.touch("c", 6000)
+        assert 5000 < (await one.ttl("a") or 0) <= 6000 and 5000 < (await one.ttl("c") or 0) <= 6000
+        assert {key async for key in one.keys("")} == {"a", "b", "c"}  # it does not know the other's
+        assert await two.delete("c") and not await two.exists("c")
+        await two.invalidate("t")
+        await poll(lambda: _is_gone(one, "a"))
+        assert await one.get_many(["a", "b"]) == {}
+        assert one.stats.errors == two.stats.errors == {}
+        assert await two.clear() > 0
+    finally:
+        await backend.aclose()
+
+
+async def _is_gone(cache: Cache, key: str) -> bool:
+    return not await cache.exists(key)
+
+
+async def test_a_fleet_of_sealed_caches_loads_once(tmp_path: Path) -> None:
+    fleet = [FileCache(tmp_path, secret_key=SECRET, coalesce="fleet", timeout=PATIENT) for _ in range(4)]
+    loads = 0
+
+    async def load() -> list[int]:
+        nonlocal loads
+        loads += 1
+        return [loads]
+
+    assert await asyncio.gather(*(cache.get_or_load("k", load) for cache in fleet * 5)) == [[1]] * 20
+    for cache in fleet:
+        assert cache.stats.errors == {}
+        await cache.aclose()
+
+
+async def test_what_has_expired_is_swept_by_who_has_no_secret(tmp_path: Path) -> None:
+    clock = FakeClock()
+    cache = Cache(FileStore(tmp_path, clock=clock), secret_key=SECRET)
+    await cache.set("gone", 1, ttl=10)
+    await cache.set("kept", 1, ttl=100)
+    await cache.touch("kept", 1000)
+    clock.advance(500)
+    store = FileStore(tmp_path, clock=clock)
+    assert await store.sweep() == 1
+    await store.aclose()
+    assert await cache.get_many(["gone", "kept"]) == {"kept": 1}
+    await cache.aclose()
+
+
+async def test_a_dead_server_is_replaced_by_sealed_files(tmp_path: Path) -> None:
+    cache = RedisCache(NOBODY, fallback=FileStore(tmp_path), secret_key=SECRET, timeout=5.0)
+    assert await cache.get("k") is None  # notices
+    await cache.set("k", ["kept"], ttl=6000)
+    assert await cache.get("k") == ["kept"]
+    assert 0 < (await cache.ttl("k") or 0) <= 60  # cut
+    await cache.aclose()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"kept" in path.read_bytes()]
 
 
 async def test_two_tenants_frames_exchanged_are_misses_with_a_secret_and_without() -> None:

@@ -102,6 +102,7 @@ class Cache(AsyncCache):
         self._counters = Counters()
         # A shortcut tells no observer.
         self._has_shortcuts = observer is None
+        self._is_sealed = secret_key is not None
         self._lead_names()
         self._engine = Engine(
             store,
@@ -427,6 +428,8 @@ class Cache(AsyncCache):
         facts = await self._upkeep.facts()
         if state.state in ("healthy", "degraded"):
             facts["total_keys"] = await self._upkeep.count(self._space.entries)
+        if self._is_sealed:
+            facts["sealed"] = True
         known = {name: facts.pop(name) for name in list(facts) if name in CacheStatus.FACTS}
         l1_entries, l1_bytes = self._engine.l1_figures()
         return CacheStatus(

@@ -16,7 +16,7 @@ class Entry(Generic[T]):
     """A cached value with what is known of it. Times are seconds since the epoch on the store's clock.
 
     Attributes:
-        value: The value; a copy of the caller's own.
+        value: The value; a copy of the caller's own. Not shown in the repr.
         created: When it was stored.
         fresh_until: When it stops being fresh; ``math.inf``: never.
         keep_until: When the store may drop it; ``math.inf``: never.
@@ -24,7 +24,7 @@ class Entry(Generic[T]):
         tier: Where it was found: l1, or the store's name.
     """
 
-    value: T
+    value: T = field(repr=False)
     created: float
     fresh_until: float
     keep_until: float

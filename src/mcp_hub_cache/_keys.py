@@ -110,11 +110,14 @@ class KeySpace:
         if not 0 < len(text) <= max_length:
             if not text:
                 raise InvalidKeyError("a key has at least one character")
-            raise InvalidKeyError(f"a key has at most {max_length:,} characters; {_show(text)} has {len(text):,}")
+            # Without a word of it: by a template, a key holds arguments.
+            raise InvalidKeyError(f"a key has at most {max_length:,} characters; this one has {len(text):,}")
         try:
             return self.entries + text.encode()
-        except UnicodeEncodeError:
-            raise InvalidKeyError(f"the key {_show(text)} has lone surrogates, which UTF-8 can't hold") from None
+        except UnicodeEncodeError as error:
+            place = error.start + 1
+        # Out here, since that error holds the text, and would be this one's context.
+        raise InvalidKeyError(f"the key's character {place:,} is a lone surrogate, which UTF-8 can't hold")
 
     def name_of(self, key: bytes) -> str | None:
         """Return the name that *key* is the entry of; None where it is no entry of this namespace."""

@@ -50,6 +50,8 @@ _PREFIX = re.compile(r"[A-Za-z0-9_.:/@{}-]{1,64}", re.ASCII)
 _SERVICE_LINK = re.compile(r"tcp://[^/]+:\d+")
 # "KEY=  # comment": python-dotenv before 1.2.3 takes the comment for the value.
 _ONLY_COMMENT = re.compile(r"^([^\S\n]*(?:export[^\S\n]+)?[A-Za-z_][A-Za-z0-9_]*[^\S\n]*=)[^\S\n]+#.*$", re.MULTILINE)
+_NO_DATABASE = re.compile(r"^((?:redis|rediss)://[^/?#]*/)(?=[^?#]*[^\d?#])[^?#]*")
+_NO_OPTION = re.compile(r"([?&])(?![a-z_]*(?:[=&#]|$))[^&#]*")
 _QUERY_SECRET = re.compile(r"(?i)((?:password|secret|token)[^=&]*=)[^&#]*")
 
 
@@ -447,4 +449,6 @@ def _redacted(text: str) -> str:
     if at:
         scheme, slashes, _ = before.partition("://")
         text = f"{scheme}://***@{behind}" if slashes else f"***@{behind}"
-    return _QUERY_SECRET.sub(r"\1***", text)
+    # What stands where a database or an option should may be a piece of the password, too.
+    text = _NO_DATABASE.sub(r"\1***", text)
+    return _NO_OPTION.sub(r"\1***", _QUERY_SECRET.sub(r"\1***", text))

@@ -44,6 +44,7 @@ class Writes:
         self._reads = reads
         self._store = engine.store
         self._pack = engine.form.pack
+        self._unbounded = min(engine.limits)  # bytes of a payload that is within all limits
         # Bound once: a line tells kinds of requests apart by the identity of their call.
         self._write = engine.store.write_many
         self._patch = engine.store.patch_many
@@ -57,7 +58,7 @@ class Writes:
             ValueTooLargeError: Its stored form is larger than this cache takes.
         """
         codec, payload = encode(value, classes)
-        return codec, self.bounded(codec, payload)
+        return codec, payload if len(payload) <= self._unbounded else self.bounded(codec, payload)
 
     def bounded(self, codec: int, payload: bytes) -> bytes:
         """Return *payload*.

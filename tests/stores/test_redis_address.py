@@ -133,6 +133,8 @@ def test_tls_is_verified_unless_given_up() -> None:
         {"timeout": float("inf")},
         {"max_connections": 0},
         {"ssl": True, "ca_certs": "/no/such/file"},
+        {"client_cert": __file__},
+        {"url": "redis://redis", "client_cert": __file__},
         {"ssl": True, "client_key": __file__},
         {"ssl": True, "ca_certs": __file__},
     ],

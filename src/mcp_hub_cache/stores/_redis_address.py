@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import re
 import ssl
+from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Final
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 _PLAIN: Final = frozenset({"redis", "valkey"})
 _TLS: Final = frozenset({"rediss", "valkeys"})
@@ -89,6 +90,11 @@ def make_address(
     elif path is not None and use_tls:
         raise ValueError("a unix socket has no TLS: leave ssl or unix_socket_path out")
     _check(host, port, db, path)
+    if client_cert and not use_tls:
+        raise ValueError(
+            "client_cert (REDIS_CLIENT_CERT) was given, but no TLS to show it in: use a rediss:// URL, or ssl=True "
+            "(REDIS_SSL=true)"
+        )
     context = _context(files, insecure=tls_insecure) if use_tls else None
     return Address(host, port, path, db, username or None, password or None, context)
 
@@ -117,11 +123,9 @@ class _Said:
 
 
 def _parse(url: str, *, tls_insecure: bool) -> _Said:
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:  # its text may quote a piece of the password
-        raise ValueError(_malformed("its port is not a number, or its address not in order")) from None
+    parts, port = _split(url)
+    if parts is None:
+        raise ValueError(_malformed("its port is not a number, or its address not in order"))
     if parts.fragment or "@" in parts.query or "@" in parts.path:
         raise ValueError(_malformed("it has '#', or '@' after the host"))
     said = _Said(tls=parts.scheme in _TLS)
@@ -150,6 +154,15 @@ def _parse(url: str, *, tls_insecure: bool) -> _Said:
             raise ValueError(_malformed("what follows the host is not a database number"))
         said.db = int(options["db"])
     return said
+
+
+def _split(url: str) -> tuple[SplitResult | None, int | None]:
+    """The parts of *url* and its port; None: it has none that could be told apart."""
+    # Said by an answer: an error in its place would have this one, which may quote the password, for its context.
+    with suppress(ValueError):
+        parts = urlsplit(url)
+        return parts, parts.port
+    return None, None
 
 
 def _malformed(what: str) -> str:
