@@ -37,6 +37,12 @@ def section(server: Server, name: str) -> dict[str, str]:
     return dict(line.split(":", 1) for line in lines if ":" in line)
 
 
+def followed(primary: Server, replica: Server) -> None:
+    """Return when *replica* has all that was written to *primary* so far."""
+    offset = int(section(primary, "replication")["master_repl_offset"])
+    wait_until(lambda: int(section(replica, "replication")["slave_repl_offset"]) >= offset)
+
+
 @dataclass
 class Watched:
     """A primary and its replica, and the sentinels that watch them."""
@@ -79,8 +85,7 @@ class Watched:
 
     def confirm(self) -> None:
         """Return when the replica has all that was written so far."""
-        offset = int(section(self.primary(), "replication")["master_repl_offset"])
-        wait_until(lambda: int(section(self.other(), "replication")["slave_repl_offset"]) >= offset)
+        followed(self.primary(), self.other())
 
 
 @contextmanager
