@@ -19,7 +19,7 @@ from mcp_hub_cache.stores.failover import FailoverStore
 from mcp_hub_cache.stores.redis import RedisStore
 from mcp_hub_cache.testing import entry_frame
 from tests.backends import poll
-from tests.clusters import Cluster, Watched, cluster, followed, section, wait_until, watched
+from tests.clusters import Cluster, Watched, cluster, followed, wait_until, watched
 
 SECONDS = 45.0  # to recover in, on a busy machine
 

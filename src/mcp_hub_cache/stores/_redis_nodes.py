@@ -221,7 +221,7 @@ class Nodes:
         """A node's map, with what says how far it is to be believed; None: it knows of no other."""
         slots, info = await ask(address, self.timeout, ("CLUSTER", "SLOTS"), ("CLUSTER", "INFO"))
         if isinstance(slots, Exception):
-            raise store_error(str(slots), address.where)
+            raise store_error(slots, address.where)
         spots = spots_of(slots, Spot(address.host, address.port))
         if not any(spots):
             return None

@@ -143,7 +143,7 @@ class Sentinels:
                 cure="For the sentinels, set REDIS_SENTINEL_PASSWORD (and REDIS_SENTINEL_USERNAME).",
             ) from None
         if isinstance(place, Exception):
-            raise store_error(str(place), sentinel.where)
+            raise store_error(place, sentinel.where)
         if place is None:
             return 0, None
         host, port = place
