@@ -68,7 +68,9 @@ class Sentinels:
         Raises:
             StoreError: No sentinel answers, none knows the service, or the server is no primary.
         """
-        address = await asyncio.shield(self._ask())
+        asking = self._ask()
+        await asyncio.wait([asking])  # which leaves it to the others, where this one is cancelled
+        address = asking.result()
         writer = await open_connection(address, timeout, primary=True)
         if address != self._primary:  # another has been named meanwhile
             writer.transport.abort()
