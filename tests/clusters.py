@@ -37,6 +37,12 @@ def section(server: Server, name: str) -> dict[str, str]:
     return dict(line.split(":", 1) for line in lines if ":" in line)
 
 
+def followed(primary: Server, replica: Server) -> None:
+    """Return when *replica* has all that was written to *primary* so far."""
+    offset = int(section(primary, "replication")["master_repl_offset"])
+    wait_until(lambda: int(section(replica, "replication")["slave_repl_offset"]) >= offset)
+
+
 @dataclass
 class Watched:
     """A primary and its replica, and the sentinels that watch them."""
@@ -79,45 +85,38 @@ class Watched:
 
     def confirm(self) -> None:
         """Return when the replica has all that was written so far."""
-        offset = int(section(self.primary(), "replication")["master_repl_offset"])
-        wait_until(lambda: int(section(self.other(), "replication")["slave_repl_offset"]) >= offset)
+        followed(self.primary(), self.other())
 
 
 @contextmanager
-def watched(*args: str, sentinel_lines: tuple[str, ...] = (), auth: tuple[str, str] | None = None) -> Iterator[Watched]:
+def watched(*args: str) -> Iterator[Watched]:
     """Start a primary, its replica and three sentinels, which take over within about two seconds."""
     with ExitStack() as stack:
         quick = ("--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1", "--repl-timeout", "3", *args)
         primary = stack.enter_context(valkey_server(*quick))
         replica = stack.enter_context(valkey_server("--replicaof", f"127.0.0.1 {primary.port}", *quick))
-        sentinels = [_sentinel(stack, primary.port, sentinel_lines, auth) for _ in range(3)]
+        sentinels = [stack.enter_context(valkey_server(start=False)) for _ in range(3)]
+        for sentinel in sentinels:
+            _watch(sentinel, primary, replica, [other for other in sentinels if other is not sentinel])
         made = Watched([primary, replica], sentinels)
         made.wait_ready()
         yield made
 
 
-def _sentinel(stack: ExitStack, port: int, lines: tuple[str, ...], auth: tuple[str, str] | None) -> Server:
-    server = stack.enter_context(valkey_server(start=False))
-    config = server.folder / "sentinel.conf"
-    config.write_text(
-        "\n".join(
-            [
-                f"sentinel monitor {SERVICE} 127.0.0.1 {port} 2",
-                f"sentinel down-after-milliseconds {SERVICE} 500",
-                f"sentinel failover-timeout {SERVICE} 2000",
-                *(
-                    (f"sentinel auth-user {SERVICE} {auth[0]}", f"sentinel auth-pass {SERVICE} {auth[1]}")
-                    if auth
-                    else ()
-                ),
-                *lines,
-                "",
-            ]
-        )
-    )
-    server.config = (str(config), "--sentinel")
-    server.start()
-    return server
+def _watch(sentinel: Server, primary: Server, replica: Server, others: list[Server]) -> None:
+    """Start a sentinel that knows everybody from the start: finding each other takes them two seconds."""
+    config = sentinel.folder / "sentinel.conf"
+    lines = [
+        f"sentinel myid {sentinel.port:040x}",
+        f"sentinel monitor {SERVICE} 127.0.0.1 {primary.port} 2",
+        f"sentinel down-after-milliseconds {SERVICE} 500",
+        f"sentinel failover-timeout {SERVICE} 2000",
+        f"sentinel known-replica {SERVICE} 127.0.0.1 {replica.port}",
+        *(f"sentinel known-sentinel {SERVICE} 127.0.0.1 {other.port} {other.port:040x}" for other in others),
+    ]
+    config.write_text("\n".join([*lines, ""]))
+    sentinel.config = (str(config), "--sentinel")
+    sentinel.start()
 
 
 @dataclass

@@ -18,7 +18,8 @@ from benchmarks.page import page
 ROOT = Path(__file__).parents[1]
 PUBLISHED = ROOT / "docs" / "benchmarks"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
-CONCEPTS = sorted(ROOT.glob("docs/*.md"))
+# What needs servers has no programs.
+CONCEPTS = sorted(path for path in ROOT.glob("docs/*.md") if path.stem != "redis")
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 # What the README claims, by the row that it comes from.

@@ -250,7 +250,7 @@ async def test_one_load_for_a_fleet(nodes: Cluster) -> None:
 
 async def test_one_stopped_node_stalls_only_its_own_keys(nodes: Cluster) -> None:
     """Row: Redis stopped. The others' keys are answered while its own time out, and each write has its own outcome."""
-    store = RedisStore(nodes.url, cluster=True, timeout=3.0)
+    store = RedisStore(nodes.url, cluster=True, timeout=2.0)
     written = [write(store, key) for key in KEYS]
     await store.write_many(written)
     stopped = nodes.nodes[0]

@@ -310,12 +310,12 @@ class ClusterStore(RedisStore):
     # The nodes
 
     async def ping(self, lane: Hashable = None, /) -> None:
-        """See ``Store.ping``. A node that has no slots any more holds up nobody."""
+        """See ``Store.ping``. A node that has no slots any more holds up nobody; "" is the lane of who knows no map."""
         nodes = self._nodes.get()
         if not nodes.map.names:
             await nodes.refresh()
         name, bulk = (lane[0], True) if isinstance(lane, tuple) else (lane, False)
-        asked = [node for node in nodes.serving() if name in {None, "", node.name}]
+        asked = [node for node in nodes.serving() if name in {None, node.name}]
         await _all([self._ping(nodes, node, bulk=bulk) for node in asked])
 
     async def _ping(self, nodes: Nodes, node: Node, *, bulk: bool) -> None:

@@ -34,6 +34,7 @@ from ._redis_target import Target
 from ._redis_wire import Wires
 
 _ASKED: Final = 7  # nodes for a map, at most
+_SHARE: Final = 0.5  # of the deadline, for a map: the rest is for the node that has the key
 _FIRST_WAIT: Final = 0.1  # seconds between readings while a node is out of reach, doubled with each
 _LONGEST_WAIT: Final = 5.0
 
@@ -198,7 +199,7 @@ class Nodes:
     async def _read(self) -> None:
         asked = list({**self._addresses, **{address.where: address for address in self._target.nodes}}.values())
         asked = random.sample(asked, min(len(asked), _ASKED))
-        told = await poll([self._ask_one(address) for address in asked], self.timeout)
+        told = await poll([self._ask_one(address) for address in asked], self.timeout * _SHARE)
         if not told.answers:
             raise told.trouble() or StoreBusyError(
                 f"{self._target.where}: no node knows which one has which keys.",
@@ -220,7 +221,7 @@ class Nodes:
         """A node's map, with what says how far it is to be believed; None: it knows of no other."""
         slots, info = await ask(address, self.timeout, ("CLUSTER", "SLOTS"), ("CLUSTER", "INFO"))
         if isinstance(slots, Exception):
-            raise store_error(str(slots), address.where)
+            raise store_error(slots, address.where)
         spots = spots_of(slots, Spot(address.host, address.port))
         if not any(spots):
             return None

@@ -29,6 +29,7 @@ from ._redis_polls import poll
 from ._redis_target import Target
 
 _LOOK: Final = 5.0  # seconds of use between questions to the sentinels
+_SHARE: Final = 0.5  # of the deadline, for asking them: the rest is for the server that they name
 
 
 class Sentinels:
@@ -37,7 +38,7 @@ class Sentinels:
     Args:
         loop: The running loop.
         target: Sentinels, service, and the servers' credentials.
-        timeout: Seconds that asking may take.
+        timeout: Seconds for a call, of which asking takes half at most.
         identity: Learns which server answers.
 
     Attributes:
@@ -49,7 +50,7 @@ class Sentinels:
     def __init__(self, loop: asyncio.AbstractEventLoop, target: Target, timeout: float, identity: Identity) -> None:
         self._loop = loop
         self._target = target
-        self._timeout = timeout
+        self._timeout = timeout * _SHARE
         self._identity = identity
         self._primary: Address | None = None
         self._asking: asyncio.Task[Address] | None = None
@@ -67,7 +68,9 @@ class Sentinels:
         Raises:
             StoreError: No sentinel answers, none knows the service, or the server is no primary.
         """
-        address = await asyncio.shield(self._ask())
+        asking = self._ask()
+        await asyncio.wait([asking])  # which leaves it to the others, where this one is cancelled
+        address = asking.result()
         writer = await open_connection(address, timeout, primary=True)
         if address != self._primary:  # another has been named meanwhile
             writer.transport.abort()
@@ -142,7 +145,7 @@ class Sentinels:
                 cure="For the sentinels, set REDIS_SENTINEL_PASSWORD (and REDIS_SENTINEL_USERNAME).",
             ) from None
         if isinstance(place, Exception):
-            raise store_error(str(place), sentinel.where)
+            raise store_error(place, sentinel.where)
         if place is None:
             return 0, None
         host, port = place
