@@ -209,7 +209,7 @@ def test_zero_turns_the_near_cache_off(monkeypatch: pytest.MonkeyPatch) -> None:
         ("REDIS_URL", "sentinel://", "sentinel://"),
         ("REDIS_URL", "sentinel://one:x/mymaster", "sentinel://"),
         ("REDIS_URL", "sentinel://one,two/mymaster/first", "sentinel://"),
-        ("REDIS_URL", "redis://one,two/first", "redis://"),
+        ("REDIS_URL", "redis://one,,two", "redis://"),
         # Asked for by name, and not there yet.
         ("CACHE_COMPRESS_MIN_BYTES", "1024", "not available"),
         ("CACHE_ON_MISCONFIGURED", "raise", "not available"),
