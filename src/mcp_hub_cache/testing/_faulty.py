@@ -29,6 +29,7 @@ from .._protocols import (
     Outcome,
     Patch,
     Replaceable,
+    Retiming,
     Store,
     StoreState,
     Switching,
@@ -325,6 +326,10 @@ class _Switching(_Part):
     on_state = _Passed()
 
 
+class _Retiming(_Part):
+    retimed = _Passed()
+
+
 _ABLE: Final[tuple[tuple[type, type], ...]] = (
     (Coherent, _Coherent),
     (Leases, _Leases),
@@ -333,6 +338,7 @@ _ABLE: Final[tuple[tuple[type, type], ...]] = (
     (Replaceable, _Replaceable),
     (Evicting, _Evicting),
     (Switching, _Switching),
+    (Retiming, _Retiming),
 )
 
 
