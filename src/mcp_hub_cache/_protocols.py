@@ -213,6 +213,10 @@ class Used(Protocol):
         ...
 
 
+OnMisconfigured = Literal["serve", "raise"]
+"""What calls get while a person has to put the store's configuration right: a cache of nothing, or the error."""
+
+
 class StoreState(NamedTuple):
     """How a store is, without asking it.
 

@@ -99,12 +99,10 @@ class Health:
         return None if part is not None and part.problem is not None and refuses(part.problem) else self._standby
 
     def problem(self, lane: Hashable) -> StoreError:
-        """Return why that part is away, to be raised: a copy, since raising writes to an exception."""
+        """Return why that part is away, to be raised."""
         problem = self.away[lane].problem
         assert problem is not None
-        copy = type(problem).__new__(type(problem), *problem.args)
-        copy.cure = problem.cure
-        return copy
+        return problem.again()
 
     def state(self) -> StoreState:
         """See ``Monitored.state``. The worst that is known of any part."""
