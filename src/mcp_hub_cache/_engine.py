@@ -227,7 +227,7 @@ class Engine:
         if self._raises:
             for error in errors:
                 if isinstance(error, StoreMisconfiguredError):
-                    raise error.again() from None
+                    raise error.again() from error.__cause__
 
     def damaged(self, key: bytes, reason: str, error: Exception) -> None:
         """Count what stands under *key* and can't be read, and log it once, by digest."""

@@ -77,7 +77,7 @@ class StoreError(CacheError):
     def again(self) -> Self:
         """Return the same error for one more to raise: raising writes to an exception."""
         copy = type(self).__new__(type(self), *self.args)
-        copy.cure = self.cure
+        copy.cure, copy.__cause__ = self.cure, self.__cause__
         return copy
 
     @staticmethod

@@ -133,24 +133,18 @@ class Upkeep:
     async def ping(self) -> StoreState:
         """Ask the store and return how it is."""
         self._engine.session()
-        problem: StoreError | None = None
+        found = StoreState("healthy")
         try:
             async with asyncio.timeout(self._engine.timeout):
                 await self._store.ping()
         except TimeoutError:
-            return self._state() or StoreState("unhealthy", None, f"no answer within {self._engine.timeout:g} s")
+            found = StoreState("unhealthy", None, f"no answer within {self._engine.timeout:g} s")
+        except StoreMisconfiguredError as error:
+            found = StoreState("misconfigured", None, str(error))
         except StoreError as error:
-            problem = error
-        if (state := self._state()) is not None and state.state != "healthy":
-            return state
-        if problem is None:
-            return StoreState("healthy")
-        return StoreState(
-            "misconfigured" if isinstance(problem, StoreMisconfiguredError) else "unhealthy", None, str(problem)
-        )
-
-    def _state(self) -> StoreState | None:
-        return None if self._engine.monitored is None else self._engine.monitored.state()
+            found = StoreState("unhealthy", None, str(error))
+        known = None if self._engine.monitored is None else self._engine.monitored.state()
+        return found if known is None or (known.state == "healthy" != found.state) else known
 
     async def facts(self) -> dict[str, str | int | float]:
         """What the store says of itself; empty where it can't."""
