@@ -7,6 +7,7 @@ and how loudly, what ``status()`` and ``health_check()`` say, what is on disk, a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from typing import Any
 import pytest
 
 from mcp_hub_cache import Cache, RedisCache, StoreMisconfiguredError, open_cache
+from mcp_hub_cache._exceptions import StoreUnreachableError
 from mcp_hub_cache.stores.file import FileStore
+from mcp_hub_cache.stores.redis import RedisStore
 from tests.faults import refusals
 from tests.faults.refusals import Arranged, Scene
 from tests.servers import valkey_server
@@ -62,7 +65,11 @@ CASES = {
     "refused": Case(refusals.gone, "unreachable", "Connection refused", "redis-cli ping", "unhealthy"),
     "timed out": Case(refusals.stopped, "timeout", "did not answer", "network between", "unhealthy"),
     "no password": Case(
-        partial(refusals.password, before="", after="x"), "auth", "NOAUTH", "Set REDIS_PASSWORD", "misconfigured"
+        partial(refusals.password, before="", after="x"),
+        "auth",
+        "NOAUTH Authentication required",
+        "Set REDIS_PASSWORD",
+        "misconfigured",
     ),
     "wrong password": Case(
         partial(refusals.password, before="y", after="x"), "auth", "WRONGPASS", "Set REDIS_PASSWORD", "misconfigured"
@@ -291,3 +298,31 @@ async def test_a_key_of_another_type_is_a_miss_and_makes_room() -> None:
         assert cache.stats.errors.keys() == {"foreign"}
         assert (await cache.status()).status == "healthy"
         await cache.aclose()
+
+
+async def test_a_connection_cut_while_connecting_is_no_timeout() -> None:
+    """A server that hangs up once and is sound after that is asked why, and that does not take the whole deadline.
+
+    It says nothing to who only listens, and waits for the end of what a TLS client greets it with.
+    """
+    accepted = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal accepted
+        accepted += 1
+        first = accepted == 1
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                if first:
+                    break
+                if data.startswith(b"PING"):
+                    writer.write(b"-NOAUTH Authentication required.\r\n")
+        writer.transport.abort()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    store = RedisStore(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0", timeout=10.0)
+    with pytest.raises(StoreUnreachableError):
+        await store.ping()
+    await store.aclose()
+    server.close()
+    await server.wait_closed()
