@@ -24,7 +24,7 @@ from ._keys import KeySpace, argument_bytes, digest, scope_of
 from ._l1 import NOT_SHARED
 from ._load import NO_TAGS, Loads
 from ._policy import Coalesce, Policy
-from ._protocols import Evicting, Leases, Observer, Store, StoreState
+from ._protocols import Evicting, Leases, Observer, OnMisconfigured, Store, StoreState
 from ._reads import MISS, Reads, Takes, tell_read
 from ._rules import Rulebook, Rules
 from ._shortcut import AGAIN, Shortcut
@@ -72,6 +72,11 @@ class Cache(AsyncCache):
             neither read nor forge one. Takes the extra ``crypto``. Once it is given, nothing is read that is not sealed
             with it. None: nothing is sealed.
         previous_secret_key: Opens what was sealed before *secret_key* took its place.
+        on_misconfigured: While the store refuses, and a person must put that right (wrong credentials or certificate, a
+            missing permission, a folder of another's). "serve": reads miss, writes are dropped, loads go on uncached.
+            "raise": calls raise the store's ``StoreMisconfiguredError``, which says what to do, before they load
+            anything; what a loader has yielded by then is returned all the same. ``status`` and ``health_check`` never
+            raise. A server that is only away, full or busy raises nothing either way.
         observer: Hears what happens, beside the counters that ``status`` shows. It hears of every hit, so none takes a
             shortcut: one from the near cache then costs some ten times as much.
     """
@@ -94,8 +99,11 @@ class Cache(AsyncCache):
         max_refreshes: int = 32,
         secret_key: str | None = None,
         previous_secret_key: str | None = None,
+        on_misconfigured: OnMisconfigured = "serve",
         observer: Observer | None = None,
     ) -> None:
+        if on_misconfigured not in ("serve", "raise"):
+            raise ValueError(f'on_misconfigured must be "serve" or "raise", not {on_misconfigured!r}')
         self._default_ttl = seconds(default_ttl, "default_ttl")
         self._max_key_length = _whole(max_key_length, "max_key_length", least=1, most=_MAX_KEY_LENGTH)
         self._space = KeySpace(prefix, namespace)
@@ -115,6 +123,7 @@ class Cache(AsyncCache):
                 _whole(max_value_bytes, "max_value_bytes", least=1), _whole(max_value_items, "max_value_items", least=1)
             ),
             prefix=prefix.encode(),
+            raises=on_misconfigured == "raise",
         )
         no_fleet = f'coalesce="fleet" needs a store with leases, which {store.name} has not: use Redis or files'
         self._rulebook = Rulebook(policy, self._default_ttl, coalesce, None if isinstance(store, Leases) else no_fleet)

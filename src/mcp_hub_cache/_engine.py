@@ -4,7 +4,9 @@ Strategy: all loop-bound parts stand in one ``Session``, opened when it is first
 from here on down; ``Cache`` makes them of names.
 
 Rules:
-- Trouble with the store never reaches a caller. A read that fails is a miss, a write that fails is counted.
+- Trouble with the store never reaches a caller. A read that fails is a miss, a write that fails is counted. Where it
+  was asked for, ``trouble`` raises what a person must put right, instead of letting a call go on: last, when whatever
+  had to be removed is removed; and never in place of what a loader has yielded or raised already.
 - Only a fresh, intact entry of exactly the key that was asked for is a hit, whatever the store answers.
 - An own delete, set or clear also detaches the load in this process, so that it wins even while the store can't be
   reached.
@@ -22,7 +24,7 @@ from ._blake import blake2b
 from ._changes import Part
 from ._codec import DecodeError, Limits
 from ._direct import Direct
-from ._exceptions import StoreError
+from ._exceptions import StoreError, StoreMisconfiguredError
 from ._flight import Flights
 from ._form import Form
 from ._frame import Kind
@@ -125,9 +127,11 @@ class Engine:
         form: Form,
         limits: Limits,
         prefix: bytes = b"",
+        raises: bool = False,
         draw: Callable[[], float] = draw,
     ) -> None:
         self._namespace_at = len(prefix)
+        self._raises = raises
         self.draw = draw
         self.store = store
         self.form = form
@@ -219,11 +223,20 @@ class Engine:
 
     # Trouble
 
-    def trouble(self, error: StoreError) -> None:
-        """Count an error of the store, and log it once per kind and text."""
-        self.tell_all(lambda observer: observer.error(error.kind))
-        if self.monitored is None:  # such a store says it itself
-            self.warn_once(f"store {error.kind}", f"{self.store.name} cache: {error}")
+    def trouble(self, *errors: StoreError) -> None:
+        """Count errors of the store, and log them once per kind.
+
+        Raises:
+            StoreMisconfiguredError: One of them is, and the cache is to raise those.
+        """
+        for error in errors:
+            self.tell_all(lambda observer, kind=error.kind: observer.error(kind))  # type: ignore[misc]  # bound now
+            if self.monitored is None:  # such a store says it itself
+                self.warn_once(f"store {error.kind}", f"{self.store.name} cache: {error}")
+        if self._raises:
+            for error in errors:
+                if isinstance(error, StoreMisconfiguredError):
+                    raise error.again() from error.__cause__
 
     def damaged(self, key: bytes, reason: str, error: Exception) -> None:
         """Count what stands under *key* and can't be read, and log it once, by digest."""

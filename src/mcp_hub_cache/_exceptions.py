@@ -4,8 +4,9 @@ Three families, told apart so that callers can tell *their* mistake from *our* t
 
 - Misuse (a bad key, a bad ttl, a value that no cache can hold) is a ``ValueError`` or ``TypeError``
   and reaches the caller at once, before anything stored has changed.
-- ``StoreError`` is trouble with a store. The engine turns it into a miss or a counted failed write;
-  only code that talks to a ``Store`` directly ever sees one.
+- ``StoreError`` is trouble with a store. The engine turns it into a miss or a counted failed write. Only code that
+  talks to a ``Store`` directly ever sees one, and callers of a cache with ``on_misconfigured="raise"``: of those that
+  a person must put right (``StoreMisconfiguredError``).
 - A loader's error is never wrapped: callers get it unchanged.
 
 No message here ever holds a value, an argument or a password.
@@ -13,7 +14,7 @@ No message here ever holds a value, an argument or a password.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class CacheError(Exception):
@@ -72,6 +73,12 @@ class StoreError(CacheError):
     def __init__(self, message: str, *, cure: str | None = None) -> None:
         self.cure = self.default_cure if cure is None else cure
         super().__init__(f"{message} {self.cure}".rstrip())
+
+    def again(self) -> Self:
+        """Return the same error for one more to raise: raising writes to an exception."""
+        copy = type(self).__new__(type(self), *self.args)
+        copy.cure, copy.__cause__ = self.cure, self.__cause__
+        return copy
 
     @staticmethod
     def of(error: BaseException) -> StoreError:

@@ -83,7 +83,7 @@ class CacheStatus:
         hits, misses, hit_rate, coalesced: The most wanted of them.
         l1_entries, l1_bytes: What the near cache holds now.
         degraded_since: When the standby took over, seconds since the epoch.
-        problem: What is wrong and what to do about it.
+        problem: What is wrong and what to do about it; also where the server is there but full, busy or read-only.
         total_keys: Live entries in the namespace.
         cache_dir, total_files, expired_files, total_size_mb: Of the file store.
         redis_version, redis_mode, connected_clients, memory_used_human: Of the server, where it tells.

@@ -5,6 +5,7 @@ Strategy: take the turn (``_turn``), call the loader, store what it yields where
 Rules:
 - A load whose lookup failed does not try to begin, and one that could not begin stores nothing: one deadline, not
   three.
+- What the loader has yielded or raised goes to those who waited, whatever storing it raises.
 - Nothing of what a loader decides (``current_entry``) outlives its load.
 - However it ends, what was planted is given back, or says that there is no value.
 """
@@ -12,6 +13,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Awaitable
+from contextlib import suppress
 from datetime import timedelta
 from time import monotonic
 from types import CoroutineType
@@ -22,7 +24,7 @@ from ._codec import FAILURE, DecodeError, decode
 from ._current import Decided
 from ._durations import seconds
 from ._engine import Engine
-from ._exceptions import LoadTimeoutError, UncacheableError, ValueTooLargeError
+from ._exceptions import LoadTimeoutError, StoreMisconfiguredError, UncacheableError, ValueTooLargeError
 from ._flight import Flight
 from ._frame import Frame, Mark
 from ._freshness import Life
@@ -167,10 +169,11 @@ class Leader:
         except (UncacheableError, ValueTooLargeError) as refused:
             self._say_uncacheable(refused)
             return
-        marks = await self._marks(trip)
-        if marks is not None:
-            outcome = await self._writes.put(self._session, self._framed(trip, FAILURE, payload, Life(ttl), 0.0, marks))
-            self._stored = outcome == "done"
+        with suppress(StoreMisconfiguredError):
+            marks = await self._marks(trip)
+            if marks is not None:
+                write = self._framed(trip, FAILURE, payload, Life(ttl), 0.0, marks)
+                self._stored = await self._writes.put(self._session, write) == "done"
 
     def _rest(self, trip: Trip) -> None:
         """Nobody need wait for what has failed, or try again at once where there is something to serve."""
@@ -188,20 +191,20 @@ class Leader:
         codec, payload = 0, None
         if life is not None or len(flight.waiters) > 1:  # or else only to copy it for the others
             codec, payload = self._try_encode(value, wanted=life is not None)
-        outcome = None
+        outcome: Outcome | None = None
         stores = life is not None and payload is not None and trip.begun is not None
         # Who came late must know, be it stored or not.
         if stores or (self._decided.tags_added is not None and self._turn.any is not None):
-            marks = await self._marks(trip)
-            if marks is not None and life is not None and payload is not None and stores and not flight.detached:
-                taken = self._turn.taken
-                if taken is not None and value is self._decided.unchanged:
-                    outcome = await self._let_live(trip, taken, life, marks)
-                else:
-                    outcome = await self._writes.put(
-                        self._session, self._framed(trip, codec, payload, life, cost, marks)
-                    )
-                self._stored = outcome == "done"
+            with suppress(StoreMisconfiguredError):
+                marks = await self._marks(trip)
+                if marks is not None and life is not None and payload is not None and stores and not flight.detached:
+                    taken = self._turn.taken
+                    if taken is not None and value is self._decided.unchanged:
+                        outcome = await self._let_live(trip, taken, life, marks)
+                    else:
+                        write = self._framed(trip, codec, payload, life, cost, marks)
+                        outcome = await self._writes.put(self._session, write)
+                    self._stored = outcome == "done"
         if not self._stored:
             self._passes = plan.rules.fleet
             if plan.refresh and outcome != "refused" and not flight.detached:

@@ -19,7 +19,7 @@ from ._async_cache import Seconds
 from ._cache import Cache
 from ._durations import seconds
 from ._policy import Coalesce, Policy
-from ._protocols import Observer, Store
+from ._protocols import Observer, OnMisconfigured, Store
 from ._shortcut import CURRENT
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class CacheOptions(TypedDict, total=False):
     max_refreshes: int
     secret_key: str | None
     previous_secret_key: str | None
+    on_misconfigured: OnMisconfigured
     observer: Observer | None
 
 
@@ -214,6 +215,7 @@ def open_cache(settings: Settings | None = None, **overrides: Any) -> Cache:
         max_value_items=settings.cache_max_value_items,
         secret_key=_text_of(settings.cache_secret_key),
         previous_secret_key=_text_of(settings.cache_secret_key_previous),
+        on_misconfigured=settings.cache_on_misconfigured,
     )
 
 

@@ -213,16 +213,23 @@ class Used(Protocol):
         ...
 
 
+OnMisconfigured = Literal["serve", "raise"]
+"""What calls get while a person has to put the store's configuration right: a cache of nothing, or the error."""
+
+
+State = Literal["healthy", "degraded", "misconfigured", "unhealthy"]
+
+
 class StoreState(NamedTuple):
     """How a store is, without asking it.
 
     Attributes:
         state: healthy, degraded (a standby serves), misconfigured, unhealthy.
         since: Seconds since the epoch at which it came into this state; None where it has been so from the start.
-        problem: What is wrong and what to do about it.
+        problem: What is wrong and what to do about it; of a healthy one, what it has refused lately (full, busy, …).
     """
 
-    state: Literal["healthy", "degraded", "misconfigured", "unhealthy"]
+    state: State
     since: float | None = None
     problem: str | None = None
 

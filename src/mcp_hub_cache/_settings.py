@@ -149,6 +149,11 @@ class Settings(BaseSettings):
     cache_fallback: Annotated[Literal["file", "memory", "none"], BeforeValidator(_lower)] = Field(
         "file", description="file, memory or none: what serves while Redis is away"
     )
+    cache_on_misconfigured: Annotated[Literal["serve", "raise"], BeforeValidator(_lower)] = Field(
+        "serve",
+        description="serve (loads go on uncached) or raise (calls raise an error): what to do while the server or the "
+        "folder refuses us, and a person must put that right",
+    )
     cache_coalesce: Annotated[Literal["process", "fleet"], BeforeValidator(_lower)] = Field(
         "process",
         description="process (one load per key in each process) or fleet (one in all that share the store)",
@@ -216,11 +221,8 @@ class Settings(BaseSettings):
     redis_sentinel_password: SecretStr | None = Field(None, description="a password, for the sentinels themselves")
     redis_cluster: bool = Field(False, description="true or false")
 
-    # Names that later versions give a meaning: asking for it now must not be ignored in silence.
+    # A name that later versions give a meaning: asking for it now must not be ignored in silence.
     cache_compress_min_bytes: None = Field(None, description="nothing: compression is not available in this version")
-    cache_on_misconfigured: Annotated[Literal["serve"], BeforeValidator(_lower)] = Field(
-        "serve", description="serve (loads go on uncached); raise is not available in this version"
-    )
 
     model_config = SettingsConfigDict(
         case_sensitive=False,

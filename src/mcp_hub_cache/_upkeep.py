@@ -2,7 +2,8 @@
 
 Rules:
 - Page by page, so that no call stalls the loop or outgrows memory, however many entries there are.
-- Trouble never reaches a caller: what could not be done ends early, with a word in the log.
+- Trouble never reaches a caller who did not ask for that (``Engine.trouble``): what could not be done ends early, with
+  a word in the log. Health and status never raise it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from ._engine import Engine, Session
 from ._exceptions import StoreError, StoreMisconfiguredError
@@ -49,8 +50,7 @@ class Upkeep:
                     for key in await self._standing(session, marked):
                         yield key
         except StoreError as error:
-            self._engine.trouble(error)
-            log.error("listing of the %s cache is incomplete: %s", self._store.name, error)
+            self._say("listing of the %s cache is incomplete: %s", error)
 
     async def _standing(self, session: Session, keys: list[bytes]) -> list[bytes]:
         """Those of *keys* whose entries' marks stand."""
@@ -65,10 +65,11 @@ class Upkeep:
         return [key for (key, _), one in zip(frames, standing, strict=True) if one.good]
 
     async def count(self, prefix: bytes) -> int:
-        """How many fresh entries there are under *prefix*."""
+        """How many fresh entries there are under *prefix*, as far as they can be listed."""
         total = 0
-        async for _ in self.scan(prefix):
-            total += 1
+        with suppress(StoreError):
+            async for _ in self.scan(prefix):
+                total += 1
         return total
 
     async def clear(self, prefix: bytes) -> int:
@@ -79,12 +80,20 @@ class Upkeep:
         """
         task = self._engine.session().run(self._clear(prefix))
         try:
-            return await asyncio.shield(task)
+            cleared = await asyncio.shield(task)
         except asyncio.CancelledError:
             await asyncio.wait([task], timeout=self._engine.timeout)
             raise
+        if not isinstance(cleared, StoreError):
+            return cleared
+        self._say("clearing the %s cache failed: %s", cleared)
+        return 0
 
-    async def _clear(self, prefix: bytes) -> int:
+    def _say(self, text: str, error: StoreError) -> None:
+        self._engine.trouble(error)
+        log.error(text, self._store.name, error)
+
+    async def _clear(self, prefix: bytes) -> int | StoreError:
         session = self._engine.session()
         session.flights.detach_all(prefix)
         await session.drop_prefix(prefix)
@@ -92,9 +101,7 @@ class Upkeep:
         try:
             return await self._store.clear(prefix)
         except StoreError as error:
-            self._engine.trouble(error)
-            log.error("clearing the %s cache failed: %s", self._store.name, error)
-            return 0
+            return error
         finally:
             await session.drop_prefix(prefix)
 
@@ -112,8 +119,7 @@ class Upkeep:
                         if self._is_owned(session, key, data, owner):
                             owned.append(key)
         except StoreError as error:
-            self._engine.trouble(error)
-            log.error("clearing the %s cache failed: %s", self._store.name, error)
+            self._say("clearing the %s cache failed: %s", error)
         return await self._writes.delete_many(owned)
 
     def _is_owned(self, session: Session, key: bytes, data: bytes | None, owner: bytes) -> bool:
@@ -127,24 +133,18 @@ class Upkeep:
     async def ping(self) -> StoreState:
         """Ask the store and return how it is."""
         self._engine.session()
-        problem: StoreError | None = None
+        found = StoreState("healthy")
         try:
             async with asyncio.timeout(self._engine.timeout):
                 await self._store.ping()
         except TimeoutError:
-            return self._state() or StoreState("unhealthy", None, f"no answer within {self._engine.timeout:g} s")
+            found = StoreState("unhealthy", None, f"no answer within {self._engine.timeout:g} s")
+        except StoreMisconfiguredError as error:
+            found = StoreState("misconfigured", None, str(error))
         except StoreError as error:
-            problem = error
-        if (state := self._state()) is not None and state.state != "healthy":
-            return state
-        if problem is None:
-            return StoreState("healthy")
-        return StoreState(
-            "misconfigured" if isinstance(problem, StoreMisconfiguredError) else "unhealthy", None, str(problem)
-        )
-
-    def _state(self) -> StoreState | None:
-        return None if self._engine.monitored is None else self._engine.monitored.state()
+            found = StoreState("unhealthy", None, str(error))
+        known = None if self._engine.monitored is None else self._engine.monitored.state()
+        return found if known is None or (known.state == "healthy" != found.state) else known
 
     async def facts(self) -> dict[str, str | int | float]:
         """What the store says of itself; empty where it can't."""

@@ -82,9 +82,8 @@ class Writes:
         """Store one entry, unconditionally: wins over loads in progress."""
         session = self._engine.session()
         session.forget(key)
-        marks = await self._marks(session, key, tags) if tags else ()
-        if marks is None:  # it would outlive the next invalidation of its tags
-            await self.withdraw(session, key)
+        marks = await self._marks_or_withdraw(session, [key], tags) if tags else ()
+        if marks is None:
             return
         write = self.framed(key, codec, payload, life, marks=marks)
         # ``_submit`` spelled out: one coroutine less.
@@ -94,30 +93,47 @@ class Writes:
             outcome = error
         session.l1.drop(key)
         if outcome != "done" and isinstance(outcome, StoreError):
-            self._engine.trouble(outcome)
             await self.withdraw(session, key, outcome)
+            self._engine.trouble(outcome)
 
     async def _marks(self, session: Session, key: bytes, tags: Iterable[str]) -> tuple[Mark, ...] | None:
         taken = await session.marks.taken(session.marks.take(self._engine.root(key), map(tag_digest, tags)))
         return None if taken is None else tuple([Mark(digest, mark) for digest, mark in taken.items()])
+
+    async def _marks_or_withdraw(
+        self, session: Session, keys: Sequence[bytes], tags: Iterable[str]
+    ) -> tuple[Mark, ...] | None:
+        """The marks of *tags*; None: not to be had. Then *keys* go, too: they would outlive the next invalidation."""
+        marks, problem = None, None
+        try:
+            marks = await self._marks(session, keys[0], tags)
+        except StoreError as error:
+            problem = error
+        if marks is None:
+            for start in range(0, len(keys), CHUNK):
+                await self._submit_all(session, self._delete, [(key, key) for key in keys[start : start + CHUNK]])
+        if problem is not None:
+            raise problem
+        return marks
 
     async def write_many(self, entries: Sequence[tuple[bytes, int, bytes, Life]], tags: Iterable[str] = ()) -> None:
         """Store (key, codec, payload, life) each, unconditionally: wins over loads in progress."""
         session = self._engine.session()
         for key, *_ in entries:
             session.forget(key)
-        marks = await self._marks(session, entries[0][0], tags) if tags and entries else ()
+        marks = await self._marks_or_withdraw(session, [key for key, *_ in entries], tags) if tags and entries else ()
+        if marks is None:
+            return
+        errors: list[StoreError] = []
         for start in range(0, len(entries), CHUNK):
             chunk = entries[start : start + CHUNK]
-            if marks is None:
-                await self._submit_all(session, self._delete, [(key, key) for key, *_ in chunk])
-                continue
             writes = [self.framed(*entry, marks=marks) for entry in chunk]
             outcomes = await self._submit_all(session, self._write, [(one.key, one) for one in writes])
             for write, outcome in zip(writes, outcomes, strict=True):
                 if isinstance(outcome, StoreError):
-                    self._engine.trouble(outcome)
+                    errors.append(outcome)
                     await self.withdraw(session, write.key, outcome)
+        self._engine.trouble(*errors)
 
     async def withdraw(self, session: Session, key: bytes, cause: StoreError | None = None) -> None:
         """Remove what stands under *key*: its successor could not be stored, and it must not pass for that."""
@@ -247,23 +263,23 @@ class Writes:
         session = self._engine.session()
         wanted = frozenset(digests)
         session.flights.detach_all(root, only=lambda flight: flight.cargo.is_of(wanted))
-        return await asyncio.shield(session.run(self._invalidate(session, root, digests)))
+        errors = await asyncio.shield(session.run(self._invalidate(session, root, digests)))
+        self._engine.trouble(*errors)
+        return not errors
 
-    async def _invalidate(self, session: Session, root: bytes, digests: Sequence[bytes]) -> bool:
+    async def _invalidate(self, session: Session, root: bytes, digests: Sequence[bytes]) -> list[StoreError]:
         # Whoever adds a tag inside its loader takes the tag's mark and then looks whether "any" still stands: in this
         # order it can't have both the new mark of the one and the old mark of the other.
-        told = True
+        errors: list[StoreError] = []
         for chunk in ([ANY_DIGEST], digests):
             keys = [mark_key(root, digest) for digest in chunk]
             for key in keys:
                 session.marks.forget(key)
             for start in range(0, len(keys), CHUNK):
                 asked = [(key, key) for key in keys[start : start + CHUNK]]
-                for answer in await self._submit_all(session, self._delete, asked):
-                    if isinstance(answer, StoreError):
-                        self._engine.trouble(answer)
-                        told = False
-        return told
+                answers = await self._submit_all(session, self._delete, asked)
+                errors += [answer for answer in answers if isinstance(answer, StoreError)]
+        return errors
 
     async def delete_many(self, keys: Sequence[bytes]) -> int:
         """Remove; answer how many fresh entries went. Wins over loads in progress."""
@@ -271,12 +287,14 @@ class Writes:
         for key in keys:
             session.forget(key)
         removed = 0
+        errors: list[StoreError] = []
         for start in range(0, len(keys), CHUNK):
             chunk = [(key, key) for key in keys[start : start + CHUNK]]
             answers = await self._submit_all(session, self._delete, chunk)
             for (key, _), answer in zip(chunk, answers, strict=True):
                 if isinstance(answer, StoreError):
-                    self._engine.trouble(answer)
+                    errors.append(answer)
                 elif self._reads.fresh_head(key, answer) is not None:
                     removed += 1
+        self._engine.trouble(*errors)
         return removed

@@ -143,6 +143,15 @@ class World:
         (outcome,) = await self.store.write_many([Write(key, self.frame(key, payload, ttl=ttl), ttl, fence)])
         return outcome
 
+    async def fails_to_set(self, key: bytes) -> StoreError:
+        """The error of a set that the primary refuses."""
+        try:
+            outcome = await self.set(key)
+        except StoreError as error:
+            return error
+        assert isinstance(outcome, StoreError)
+        return outcome
+
     def frame(self, key: bytes, payload: bytes = SECRET, *, ttl: float = 600.0) -> bytes:
         return entry_frame(self.store, key, payload, ttl=ttl)
 

@@ -50,6 +50,39 @@ async def test_other_trouble_is_passed_on_and_opens_nothing(world: Make, error: 
     assert w.kept() == [] and not w.files._planted
 
 
+async def test_other_trouble_is_said_once_and_told_while_it_lasts(
+    world: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    w = world()
+    await w.set(A)
+    full = StoreFullError("OOM.", cure="Raise maxmemory.")
+    w.primary.break_down(full)
+    for _ in range(3):
+        assert isinstance(await w.fails_to_set(B), StoreFullError)
+        w.clock.advance(40.0)
+    assert w.store.state() == ("healthy", None, str(full))
+    w.primary.repair()
+    assert await w.get(A) == SECRET
+    assert w.store.state().problem == str(full)  # a read says nothing of writes
+    assert await w.set(B) == "done"
+    assert w.store.state().problem is None
+    w.primary.break_down(full)
+    await w.fails_to_set(B)
+    w.primary.break_down(StoreBusyError("BUSY.", cure="Wait."))
+    await w.fails_to_set(B)
+    w.clock.advance(59.0)
+    assert w.store.state().problem == "BUSY. Wait."
+    w.clock.advance(2.0)
+    assert w.store.state().problem is None
+    await w.fails_to_set(B)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "Redis does not do what the cache asks: OOM. Raise maxmemory."),
+        ("WARNING", "Redis does not do what the cache asks: BUSY. Wait."),
+        ("WARNING", "Redis does not do what the cache asks: BUSY. Wait."),
+    ]
+    assert w.states == []
+
+
 async def test_a_server_that_says_busy_is_there(world: Make) -> None:
     w = world()
     await w.contact()
@@ -141,6 +174,26 @@ async def test_a_primary_that_answers_but_takes_no_deletes_is_back(
     monkeypatch.setattr(w.primary, "delete_many", replica.delete_many)
     await w.come_back()
     assert [await w.get(A), await w.get(B)] == [None, b"old"]
+
+
+async def test_a_permission_that_nobody_misses_any_more_is_forgotten(
+    world: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was granted shows only when it is used again, and that call may not come for long."""
+    w = world()
+    await w.set(A)
+    denied = FaultyStore(w.server)
+    denied.break_down(StorePermissionError("NOPERM."))
+    monkeypatch.setattr(w.primary, "delete_many", denied.delete_many)
+    with pytest.raises(StorePermissionError):
+        await w.store.delete_many([B])
+    w.clock.advance(59.0)
+    assert await w.get(A) == SECRET
+    assert w.store.state().state == "misconfigured"
+    w.clock.advance(2.0)
+    assert w.store.state().state == "healthy"
+    assert await w.get(A) == SECRET
+    assert w.states == [("healthy", "misconfigured"), ("misconfigured", "healthy")]
 
 
 # Fences, stamps and leases across a switch

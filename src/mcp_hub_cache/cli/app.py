@@ -130,7 +130,7 @@ async def _answered(cache: Cache, otherwise: Exit) -> Exit:
     if found.status != "healthy":
         output.say(_trouble(found))
     else:
-        output.say(f"the store did not do all that was asked of it: {', '.join(refused)}")
+        output.say(f"the store did not do all that was asked of it: {found.problem or ', '.join(refused)}")
     return Exit.UNHEALTHY
 
 

@@ -7,12 +7,16 @@ Rules:
 - A primary is as many parts as it has lanes, each with a breaker of its own: one dead node of a cluster takes its own
   keys with it, and no others. While one part is away, the first failure of another is enough.
 - A primary that refuses us (credentials, TLS) is *misconfigured*: nothing stands in for it.
-- A permission that is missing costs the calls that need it, and nothing else.
+- A permission that is missing costs the calls that need it, and nothing else. Where entries take it, that is
+  *misconfigured* too.
+- What a call met that was no outage (that, or full, busy, read-only, …) lasts until the same call of the same part
+  brings an answer, or nobody has met it for a while. It is said once while it lasts.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Hashable
 from typing import Final
 
@@ -24,14 +28,15 @@ from .._exceptions import (
     StorePermissionError,
     StoreReadOnlyError,
 )
-from .._protocols import StoreState
+from .._protocols import State, StoreState
 from ._failover_breaker import Breaker
 from ._failover_standby import Standby
 
 _log = logging.getLogger("mcp_hub_cache")
 
 _DATA: Final = frozenset({"get", "head", "begin", "write", "patch", "delete"})
-_ANSWERS: Final = (StoreBusyError, StoreFullError, StoreReadOnlyError, StorePermissionError)
+_ANSWERS: Final = (StoreBusyError, StoreFullError, StoreReadOnlyError)
+_RECENT: Final = 60.0  # seconds for which what nobody meets again still lasts
 _KINDS: Final = {"file": "file-based", "memory": "in-memory"}
 
 
@@ -79,7 +84,11 @@ class Health:
         self._make_breaker = breaker
         self._clock = clock
         self._parts: dict[Hashable, Part] = {}
-        self._denied: dict[str, StoreError] = {}  # what permissions are missing for
+        self._announced: State = "healthy"
+        self._met: dict[
+            tuple[Hashable, str], tuple[StoreError, float]
+        ] = {}  # by part and call: what it had last, and when
+        self._said: dict[str, float] = {}  # kinds of that, and when they were last met
         self._since: float | None = None
 
     # How it is
@@ -107,25 +116,29 @@ class Health:
         return None if part is not None and part.problem is not None and refuses(part.problem) else self._standby
 
     def problem(self, lane: Hashable) -> StoreError:
-        """Return why that part is away, to be raised: a copy, since raising writes to an exception."""
+        """Return why that part is away, to be raised."""
         problem = self.away[lane].problem
         assert problem is not None
-        copy = type(problem).__new__(type(problem), *problem.args)
-        copy.cure = problem.cure
-        return copy
+        return problem.again()
 
     def state(self) -> StoreState:
         """See ``Monitored.state``. The worst that is known of any part."""
         problems = [part.problem for part in self.away.values() if part.problem and not part.is_suspected]
         problem = next((one for one in problems if refuses(one)), problems[0] if problems else None)
         if problem is None:
-            problem = next((error for name, error in self._denied.items() if name in _DATA), None)
-            if problem is None:
-                return StoreState("healthy", self._since)
-            return StoreState("misconfigured", self._since, str(problem))
+            lasting = self._lasting()
+            denied = next((error for name, error in lasting if _is_denied(name, error)), None)
+            if denied is not None:
+                return StoreState("misconfigured", self._since, str(denied))
+            others = (str(error) for _, error in lasting if not isinstance(error, StorePermissionError))
+            return StoreState("healthy", self._since, next(others, None))
         if refuses(problem):
             return StoreState("misconfigured", self._since, str(problem))
         return StoreState("unhealthy" if self._standby is None else "degraded", self._since, str(problem))
+
+    def _lasting(self) -> list[tuple[str, StoreError]]:
+        after = self._clock() - _RECENT
+        return [(name, error) for (_, name), (error, at) in self._met.items() if at > after]
 
     def facts(self) -> dict[str, str | int | float]:
         """What ``info`` tells of the failover."""
@@ -138,12 +151,12 @@ class Health:
             facts["parts_away"] = away
         return facts
 
-    def _announce(self, old: StoreState) -> None:
-        new = self.state().state
-        if new != old.state:
-            self._since = self._clock()
+    def _announce(self) -> None:
+        old, new = self._announced, self.state().state
+        if new != old:
+            self._announced, self._since = new, self._clock()
             if self.on_state is not None:
-                self.on_state(old.state, new)
+                self.on_state(old, new)
 
     # What is heard of it
 
@@ -151,10 +164,9 @@ class Health:
         """A call by that *name* brought an answer from the part for *lane*."""
         part = self._parts.get(lane)
         (part or self.part(lane)).breaker.answered()
-        if self._denied and name in self._denied:
-            old = self.state()
-            del self._denied[name]
-            self._announce(old)
+        if self._met:
+            self._met.pop((lane, name), None)
+            self._announce()
 
     def failed(self, name: str, error: StoreError, lane: Hashable, *, late: bool = False) -> bool:
         """A call by that *name* to the part for *lane* failed. True: somebody else is to be asked now.
@@ -162,11 +174,11 @@ class Health:
         *late*: it brought an answer. Probes may be quick where calls are slow, so that is no suspicion.
         """
         part = self.part(lane)
-        old, first = self.state(), not part.breaker.contacted
+        first = not part.breaker.contacted
         if error.outage:
             others = any(other is not part and not other.is_suspected for other in self.away.values())
             if part.breaker.failed(credit=not others):
-                self.go_away(part, error, old, first=first)
+                self.go_away(part, error, first=first)
             elif late:
                 return False
             else:
@@ -175,25 +187,35 @@ class Health:
             return True
         if refuses(error):
             part.breaker.trip()
-            self.go_away(part, error, old, first=first)
+            self.go_away(part, error, first=first)
             return True
         if isinstance(error, _ANSWERS):
             part.breaker.answered()
-            if isinstance(error, StorePermissionError):
-                self._denied[name] = error
-                if old.state == "healthy" and name in _DATA:
-                    _log.error("%s refuses to serve the cache: %s", self._name, error)
-                self._announce(old)
+        self._meet(name, error, lane)
         return False
 
-    def go_away(self, part: Part, error: StoreError, old: StoreState, *, first: bool = False) -> None:
-        """*part* is away for *error*; *old* is what it was before."""
+    def _meet(self, name: str, error: StoreError, lane: Hashable) -> None:
+        now = self._clock()
+        if not isinstance(error, StorePermissionError):
+            self._say(logging.WARNING, "%s does not do what the cache asks: %s", error, now)
+        elif _is_denied(name, error):
+            self._say(logging.ERROR, "%s refuses to serve the cache: %s", error, now)
+        self._met[lane, name] = error, now
+        self._announce()
+
+    def _say(self, level: int, text: str, error: StoreError, now: float) -> None:
+        if now - self._said.get(error.kind, -math.inf) >= _RECENT:
+            _log.log(level, text, self._name, error)
+        self._said[error.kind] = now
+
+    def go_away(self, part: Part, error: StoreError, *, first: bool = False) -> None:
+        """*part* is away for *error*."""
         is_news = str(error) not in {str(other.problem) for other in self.away.values() if other is not part}
         part.problem = error
         self.away[part.lane] = part
         if is_news:
             self._say_away(part, error, first=first)
-        self._announce(old)
+        self._announce()
 
     def _say_away(self, part: Part, error: StoreError, *, first: bool) -> None:
         text = str(error)
@@ -223,7 +245,7 @@ class Health:
         if refuses(problem) == refuses(error):
             part.problem = error
             return False
-        self.go_away(part, error, self.state())
+        self.go_away(part, error)
         return True
 
     def is_back(self, part: Part, replayed: int) -> None:
@@ -232,7 +254,6 @@ class Health:
             part.problem = None
             del self.away[part.lane]
             return
-        old = self.state()
         part.problem = None
         del self.away[part.lane]
         part.breaker.close()
@@ -240,9 +261,14 @@ class Health:
             _log.info("A part of %s is back; %d are still away", self._name, len(self.away))
         else:
             _log.info("%s is back: it serves the cache again (%d deletes made up for)", self._name, replayed)
-        self._announce(old)
+        self._announce()
 
 
 def refuses(error: StoreError) -> bool:
     """Whether a person must change something before the store serves anything at all."""
     return isinstance(error, StoreMisconfiguredError) and not isinstance(error, StorePermissionError)
+
+
+def _is_denied(name: str, error: StoreError) -> bool:
+    """Whether *error* of a call by that *name* means that entries can't be served or stored."""
+    return name in _DATA and isinstance(error, StorePermissionError)

@@ -164,7 +164,9 @@ async def _explanation(address: Address, seconds: float) -> StoreError | None:
     """Why the server cut a connection off, if it says so to one who only listens, or if it speaks TLS."""
     try:
         async with asyncio.timeout(seconds):
-            said = await _greeting(address, address.tls)
+            said = await _greeting(address, seconds / 4)
+        if said is None:
+            return None
         if said.startswith("-"):
             return store_error(said[1:], address.where)
     except ssl.SSLError as error:
@@ -174,13 +176,20 @@ async def _explanation(address: Address, seconds: float) -> StoreError | None:
     return speaks_tls(address.where) if address.tls is None and await _answers_tls(address) else None
 
 
-async def _greeting(address: Address, tls: ssl.SSLContext | None) -> str:
+async def _greeting(address: Address, seconds: float) -> str | None:
+    """What the server says within *seconds* to one who says nothing; None: it is silent, and answers as it should."""
     if address.path is not None:
         reader, writer = await asyncio.open_unix_connection(address.path)
     else:
-        reader, writer = await asyncio.open_connection(address.host, address.port, ssl=tls)
+        reader, writer = await asyncio.open_connection(address.host, address.port, ssl=address.tls)
     try:
-        return (await reader.readline()).decode("utf-8", "replace")
+        try:
+            async with asyncio.timeout(seconds):
+                return (await reader.readline()).decode("utf-8", "replace")
+        except TimeoutError:
+            # Only now: what a server says while it hangs up is lost to those who have sent something.
+            writer.write(b"PING\r\n")
+        return None if await reader.read(1) in {b"+", b"-"} else ""
     finally:
         writer.transport.abort()
 

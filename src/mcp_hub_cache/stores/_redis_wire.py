@@ -399,10 +399,7 @@ class Wires:
 def _fail(requests: deque[_Request] | list[_Request], error: StoreError) -> None:
     for request in requests:
         if not request.future.done():
-            # One each, since raising an exception writes to it.
-            own = type(error).__new__(type(error), *error.args)
-            own.cure, own.__cause__ = error.cure, error.__cause__
-            request.future.set_exception(own)
+            request.future.set_exception(error.again())
 
 
 def _retrieve(future: asyncio.Future[Any]) -> None:
