@@ -15,6 +15,7 @@ import pytest
 
 from mcp_hub_cache import FileCache, MemoryCache, RedisCache, WrongLoopError
 from mcp_hub_cache._lifetime import PerLoop
+from tests.backends import poll
 from tests.forks import in_child
 from tests.servers import valkey_server
 
@@ -284,3 +285,53 @@ def test_a_child_forked_between_two_runs(tmp_path: Path) -> None:
     asyncio.run(store())
     run_in_child(read)
     asyncio.run(read())
+
+
+# Closing that is cut off
+
+
+@pytest.mark.parametrize("again", [True, False])
+async def test_closing_is_carried_through_where_it_is_cancelled(again: bool) -> None:
+    gate = asyncio.Event()
+
+    async def close_slowly(state: State) -> None:
+        await gate.wait()
+        state.closed += 1
+
+    states = PerLoop(State, owner="the thing", close=close_slowly)
+    state = states.get()
+    closing = asyncio.create_task(states.aclose())
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.gather(closing, return_exceptions=True)
+    assert closing.cancelled()
+    assert state.closed == 0
+    gate.set()
+    if again:
+        await states.aclose()
+        assert state.closed >= 1
+    await poll(lambda: state.closed >= 1 and len(asyncio.all_tasks()) == 1)
+    assert states.get() is not state
+    await states.aclose()
+
+
+def test_so_it_is_where_the_loop_ends_meanwhile() -> None:
+    kept: list[State] = []
+
+    async def close_slowly(state: State) -> None:
+        for _ in range(10):
+            await asyncio.sleep(0)
+        state.closed += 1
+
+    states = PerLoop(State, owner="the thing", close=close_slowly)
+
+    async def main() -> None:
+        kept.append(states.get())
+        closing = asyncio.create_task(states.aclose())
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.gather(closing, return_exceptions=True)
+        assert kept[0].closed == 0
+
+    asyncio.run(main())
+    assert kept[0].closed == 1

@@ -245,8 +245,34 @@ async def test_a_closed_cache_gives_its_placeholders_back(clock: FakeClock) -> N
     await poll(lambda: cache._key("k") not in store._entries)
 
 
+@pytest.mark.parametrize("steps", range(1, 6))
+async def test_what_was_planted_for_a_caller_that_has_left_is_given_back(here: Setting, steps: int) -> None:
+    planting = asyncio.create_task(here.placeholders.begin(KEY))
+    await turns(steps)
+    planting.cancel()
+    (begun,) = await asyncio.gather(planting, return_exceptions=True)
+    if isinstance(begun, asyncio.CancelledError):
+        await here.lines.settle()
+        await turns()
+        await here.lines.settle()
+        assert await here.frame() is None
+    else:
+        assert steps > 1
+
+
+async def test_what_another_has_planted_is_not(here: Setting) -> None:
+    (other,) = await here.store.begin_many([KEY], hold=60)
+    planting = asyncio.create_task(here.placeholders.begin(KEY))
+    await turns(1)
+    planting.cancel()
+    await turns()
+    await here.lines.settle()
+    (again,) = await here.store.begin_many([KEY], hold=60)
+    assert again.fence == other.fence
+
+
 async def test_a_load_that_is_cancelled_while_it_begins_leaves_nothing_for_long(clock: FakeClock) -> None:
-    """The beginning was handed on already; nobody renews what it planted."""
+    """The beginning was handed on already, and the store takes nothing back; nobody renews what it planted."""
     store = FaultyStore(MemoryStore(clock=clock))
     async with Cache(store, timeout=30) as cache:
 

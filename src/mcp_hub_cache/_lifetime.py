@@ -8,6 +8,9 @@ therefore stands in one state object, made at first use and replaced when the lo
   (its transports died with the loop, and a child must write nothing to what it inherited);
 - the old loop still runs in this process: that is a mistake, and said so.
 
+Closing is carried through, even where who asked for it is cancelled: a task goes on with it, and who closes again, or
+the end of the loop, does so too. Closers therefore take up what another one has left half done.
+
 The state is also closed when ``asyncio.run`` ends: an async generator that the loop holds does it, since loops finalise
 those (PEP 525) after they have cancelled their tasks. Only the outermost owner asks for that; it closes its parts.
 """
@@ -43,11 +46,23 @@ class PerLoop(Generic[T]):
     Args:
         make: Called with the running loop when there is no state for it.
         owner: What to call the owner in an error.
-        close: Awaited with the state by ``aclose``, and at the end of ``asyncio.run`` where *at_loop_end* says so.
+        close: Awaited with the state by ``aclose``, and at the end of ``asyncio.run`` where *at_loop_end* says so; once
+            more where it was cancelled.
         at_loop_end: False for what is part of something else that closes it: a loop closes all at once, in no order.
     """
 
-    __slots__ = ("_abandoned", "_at_loop_end", "_close", "_forks", "_guard", "_loop", "_make", "_owner", "_state")
+    __slots__ = (
+        "_abandoned",
+        "_at_loop_end",
+        "_close",
+        "_forks",
+        "_guard",
+        "_loop",
+        "_make",
+        "_owner",
+        "_state",
+        "_unclosed",
+    )
 
     def __init__(
         self,
@@ -66,6 +81,7 @@ class PerLoop(Generic[T]):
         self._state: T | None = None
         self._guard: AsyncGenerator[None, None] | None = None
         self._abandoned: list[T] = []
+        self._unclosed: dict[asyncio.Task[None], T] = {}  # cut off while they were closed, by who goes on with it
 
     def get(self) -> T:
         """Return the running loop's state, made now if there is none.
@@ -114,23 +130,42 @@ class PerLoop(Generic[T]):
         try:
             yield
         finally:
-            if self._state is state:
+            if self._state is state or state in self._unclosed.values():
                 await self._end(state)
 
     async def _end(self, state: T) -> None:
-        self._state = self._loop = None
+        if self._state is state:
+            self._state = self._loop = None
+        try:
+            await self._go_on(state)
+        except asyncio.CancelledError:
+            if state not in self._unclosed.values():
+                # In the first place it is closed by its caller's task, which may be one of those that are to be ended.
+                task = asyncio.get_running_loop().create_task(self._go_on(state), name="mcp_hub_cache closing")
+                self._unclosed[task] = state
+            raise
+
+    async def _go_on(self, state: T) -> None:
         if self._close is not None:
             await self._close(state)
+        self._unclosed = {task: other for task, other in self._unclosed.items() if other is not state}
 
     async def aclose(self) -> None:
-        """Close the running loop's state, if there is one. Another loop's is left alone."""
+        """Close the running loop's state, if there is one. Another loop's is left alone.
+
+        Cancellation: it is closed all the same, in the background; who calls this again waits for that.
+        """
+        loop = asyncio.get_running_loop()
+        for task, cut_off in list(self._unclosed.items()):
+            if task.get_loop() is loop:
+                await self._go_on(cut_off)
         state = self.peek()
         if state is None:
             return
-        guard, self._guard = self._guard, None
-        try:
-            await self._end(state)
-        finally:
-            # Only now, when it has nothing left to await: the loop may be closing it at the same time.
-            if guard is not None:
-                await guard.aclose()
+        guard = self._guard
+        await self._end(state)
+        if self._guard is guard:
+            self._guard = None
+        # Only now, when it has nothing left to await: the loop may be closing it at the same time.
+        if guard is not None:
+            await guard.aclose()

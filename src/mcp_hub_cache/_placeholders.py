@@ -8,7 +8,7 @@ Rules:
 - What is held is known by the identity of its ``Held``: a load that has lost its place to a later one of the same key
   gives nothing back.
 - A process that dies loses its placeholders after ``HOLD`` seconds, and with them the right to write.
-- Giving back never waits: a cancelled load does it too.
+- Giving back never waits: a cancelled load does it too, and one that was cancelled before it knew what it had planted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ._direct import Direct
 from ._exceptions import StoreError
 from ._frame import Kind, frame_of_kind
 from ._lines import Lines
-from ._protocols import Begun, Held, Leases, Store, Write
+from ._protocols import Begun, Fence, Held, Leases, Store, Write
 
 HOLD: Final = 10.0
 """Seconds that a placeholder outlives its holder."""
@@ -53,6 +53,8 @@ class Placeholders:
         self._lines = lines
         self._trouble = trouble
         self._held: dict[bytes, Held] = {}
+        self._asked: dict[bytes, asyncio.Future[Begun]] = {}  # by key, the last beginning that is under way
+        self._orphans: dict[bytes, Fence] = {}  # planted for who has left, and found by who has asked since
         self._renewer: asyncio.Task[None] | None = None
         self._leases = store if isinstance(store, Leases) else None
         # Bound once: a line tells kinds of requests apart by the identity of their call.
@@ -64,15 +66,45 @@ class Placeholders:
             self._renew = partial(self._leases.renew_many, hold=HOLD)
 
     async def begin(self, key: bytes) -> Begun | None:
-        """See ``Store.begin_many``; None if the store could not be told."""
+        """See ``Store.begin_many``; None if the store could not be told.
+
+        Cancellation: what is planted all the same is given back when the store has told of it.
+        """
         if self._begin_at_once is not None:
             return self._begin_at_once(key, HOLD)
+        asked: asyncio.Future[Begun] = self._lines.write(self._begin, key, key)
+        self._asked[key] = asked
         try:
-            begun: Begun = await self._lines.write(self._begin, key, key)
+            return await asyncio.shield(asked)
         except StoreError as error:
+            self._orphans.pop(key, None)
             self._trouble(error)
             return None
-        return begun
+        except asyncio.CancelledError:
+            if asked.done():  # now, before who has asked since is told
+                self._give_back(key, asked)
+            else:
+                asked.add_done_callback(partial(self._give_back, key))
+            raise
+        finally:
+            if asked.done() and self._asked.get(key) is asked:
+                del self._asked[key]
+
+    def _give_back(self, key: bytes, asked: asyncio.Future[Begun]) -> None:
+        """Nobody has taken what was begun: it would stand in everybody's way for ``HOLD`` seconds."""
+        is_last = self._asked.get(key) is asked
+        if is_last:
+            del self._asked[key]
+        if asked.cancelled() or asked.exception() is not None or self._leases is None:
+            return
+        begun = asked.result()
+        if not begun.leader and self._orphans.get(key) != begun.fence:
+            return
+        if is_last:
+            self._orphans.pop(key, None)
+            self._lines.write(self._release, key, Held(key, begun.fence)).add_done_callback(heed)
+        else:  # who has asked since finds it there, and it is his
+            self._orphans[key] = begun.fence
 
     async def begin_over(self, key: bytes, begun: Begun) -> Begun | None:
         """Begin again, in place of what was found and is of no use any more."""
@@ -90,7 +122,8 @@ class Placeholders:
         A placeholder of this process's own, of a load that was detached, is taken over from it.
         """
         before = self._held.get(key)
-        if not begun.leader and (before is None or before.fence != begun.fence):
+        is_orphan = self._orphans.pop(key, None) == begun.fence
+        if not (begun.leader or is_orphan) and (before is None or before.fence != begun.fence):
             return None
         return self._hold(key, begun)
 

@@ -220,8 +220,7 @@ class Writes:
         session = self._engine.session()
         for _ in range(_TRIES):
             marks = await self._marks(session, key, tags) if tags else ()
-            begun = await session.placeholders.begin(key)
-            if begun is None or marks is None:
+            if marks is None or (begun := await session.placeholders.begin(key)) is None:
                 return False
             held = session.placeholders.hold(key, begun) if begun.leader else None
             outcome: Outcome = "refused"

@@ -12,9 +12,10 @@ import pytest_asyncio
 
 from mcp_hub_cache._exceptions import StoreFullError, StoreUnreachableError
 from mcp_hub_cache._protocols import Outcome, Write
+from mcp_hub_cache.stores import _failover_pages, _failover_standby
 from mcp_hub_cache.stores.failover import FailoverStore
 from mcp_hub_cache.stores.memory import MemoryStore
-from tests.stores.failing import A, B, C, Make, World, worlds
+from tests.stores.failing import A, B, C, Make, Primary, World, worlds
 
 
 @pytest_asyncio.fixture
@@ -196,6 +197,146 @@ async def test_a_standby_that_fails_at_the_start_keeps_nobody_waiting(
     await w.set(A, b"there")
     assert await w.get(A) == b"there"
     assert "journal" in caplog.text
+
+
+# Cut off, or in doubt
+
+
+async def _page_is_written(w: World) -> None:
+    async with asyncio.timeout(5):
+        while not _pages(w):
+            await asyncio.sleep(0)
+
+
+async def test_a_note_of_a_call_that_was_cancelled_is_written_down(world: Make) -> None:
+    """Nobody is left who could wait for it, and the next look at the primary is an hour away."""
+    w = world()
+    assert await w.get(A) is None
+    w.primary.hang.clear()
+    deleting = asyncio.ensure_future(w.store.delete_many([A]))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    deleting.cancel()
+    await asyncio.gather(deleting, return_exceptions=True)
+    await _page_is_written(w)
+    w.primary.repair()
+
+
+async def test_so_is_that_of_a_write_whose_failure_nobody_hears_of(world: Make) -> None:
+    w = world()
+    await w.contact()
+    assert await w.store.get_many([A]) == [None]
+    w.primary.hang.clear()
+    writing = asyncio.ensure_future(w.store.write_many([Write(A, w.frame(A), 600.0, None)]))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    writing.cancel()
+    w.primary.break_down()
+    w.primary.hang.set()
+    await _page_is_written(w)
+
+
+async def test_so_is_that_of_a_server_that_is_full(world: Make) -> None:
+    w = world()
+    await w.contact()
+    w.primary.break_down(StoreFullError("on command."))
+    with pytest.raises(StoreFullError):
+        await w.set(A, b"new")
+    await _page_is_written(w)
+
+
+async def test_so_is_what_fails_because_the_store_is_closed(world: Make) -> None:
+    class Closing(Primary):
+        async def aclose(self) -> None:
+            self.break_down()
+            self.hang.set()
+            for _ in range(5):
+                await asyncio.sleep(0)
+
+    w = world(kind=Closing)
+    await w.contact()
+    assert await w.store.get_many([A]) == [None]
+    w.primary.hang.clear()
+    writing = asyncio.ensure_future(w.store.write_many([Write(A, w.frame(A), 600.0, None)]))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    await w.store.aclose()
+    await asyncio.gather(writing, return_exceptions=True)
+    assert len(_pages(w)) == 1
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_a_standby_that_hangs_keeps_no_primary_away(world: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_failover_pages, "_PATIENCE", 0.05)
+    monkeypatch.setattr(_failover_standby, "_PATIENCE", 0.05)
+    w = world()
+    await w.contact()
+
+    async def hang(*_: Any) -> Any:
+        await asyncio.Event().wait()
+
+    write_many = w.files.write_many
+
+    async def write(writes: Sequence[Write]) -> list[Outcome]:
+        return list(await (hang() if writes[0].key.startswith(b"~") else write_many(writes)))
+
+    monkeypatch.setattr(w.files, "write_many", write)
+    monkeypatch.setattr(w.files, "clear", hang)
+    await w.go_down()
+    await w.store.delete_many([A])
+    await w.come_back()
+
+
+async def test_a_standby_that_fails_unexpectedly_is_read_again(world: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = world()
+
+    def broken(_: bytes) -> AsyncGenerator[list[tuple[bytes, bytes]], None]:
+        raise RuntimeError("a defect of it")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(w.files, "scan", broken)
+        with pytest.raises(RuntimeError):
+            await w.get(A)
+    assert await w.get(A) is None
+
+
+async def test_a_caller_at_the_first_contact_is_cancelled_alone(world: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = world()
+    gate, scan = asyncio.Event(), w.files.scan
+
+    async def slow(prefix: bytes) -> AsyncGenerator[list[tuple[bytes, bytes]], None]:
+        await gate.wait()
+        async for page in scan(prefix):
+            yield page
+
+    monkeypatch.setattr(w.files, "scan", slow)
+    callers = [asyncio.create_task(w.get(A)) for _ in range(5)]
+    await asyncio.sleep(0)
+    callers[0].cancel()
+    callers[3].cancel()
+    await asyncio.sleep(0)
+    gate.set()
+    answers = await asyncio.gather(*callers, return_exceptions=True)
+    assert [isinstance(answer, asyncio.CancelledError) for answer in answers] == [True, False, False, True, False]
+
+
+async def test_a_caller_at_the_first_contact_hears_that_the_store_is_closed(
+    world: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an error: he was not cancelled himself."""
+    w = world()
+
+    async def hang(_: bytes) -> AsyncGenerator[list[tuple[bytes, bytes]], None]:
+        await asyncio.Event().wait()
+        yield []
+
+    monkeypatch.setattr(w.files, "scan", hang)
+    caller = asyncio.create_task(w.get(A))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    await w.store.aclose()
+    with pytest.raises(StoreUnreachableError):
+        await caller
 
 
 # A server that takes the place of another

@@ -156,6 +156,7 @@ class Keeper:
         """What the primary holds under *keys* must go: journal it."""
         keys = list(keys)
         self._journal.add(keys)
+        self._write_down()
         # While the standby serves them, its own stamps tell what changes.
         if not self.health.away or any(self._primary.lane(key) not in self.health.away for key in keys):
             self._begin_epoch()
@@ -163,8 +164,14 @@ class Keeper:
     def note_prefix(self, prefix: bytes) -> None:
         """The same for everything under *prefix*."""
         self._journal.add_prefix(prefix)
+        self._write_down()
         if not self.health.all_away:
             self._begin_epoch()
+
+    def _write_down(self) -> None:
+        """Begin at once: who has made the note may be cancelled before he could wait for it."""
+        if self._pages is not None and self._pages.is_behind and self._sessions.peek() is not None:
+            self._pages.begin()
 
     async def save(self) -> None:
         """Return when what was noted is written down, where it is; see ``Pages.save``."""
@@ -215,9 +222,14 @@ class Keeper:
     async def get_ready(self) -> None:
         """Return when it is known what other processes had still to tell the primary: nothing is believed before."""
         session = self._sessions.get()
-        if session.reading is None:
-            session.reading = asyncio.get_running_loop().create_task(self._read(), name="mcp_hub_cache journal")
-        await asyncio.shield(session.reading)
+        reading = session.reading
+        if reading is None or reading.done():  # and has failed
+            reading = asyncio.get_running_loop().create_task(self._read(), name="mcp_hub_cache journal")
+            session.reading = reading
+        await asyncio.wait([reading])
+        if reading.cancelled():
+            raise StoreUnreachableError("the store was closed while it was asked.")
+        reading.result()
 
     async def _read(self) -> None:
         if self._pages is not None and await self._pages.load() and len(self._journal):
@@ -320,7 +332,7 @@ class Keeper:
                 part.breaker.probe_failed()
             raise
         else:
-            self.health.is_back(part, notes - len(self._journal))
+            self.health.is_back(part, max(notes - len(self._journal), 0))
             self._backoff.reset()
             self._begin_epoch()
 
@@ -360,9 +372,9 @@ class Keeper:
 
     async def aclose(self) -> None:
         """End the running loop's tasks, with what was noted written down."""
-        if self._sessions.peek() is not None and len(self._journal):
+        if self._sessions.peek() is not None:
             await self.save()
-            if self._pages is None or not self._pages.works:
+            if len(self._journal) and (self._pages is None or not self._pages.works):
                 _log.warning(
                     "%s is still to be told of %d deletes: they are lost if this process ends before it is back",
                     self._primary.name.capitalize(),

@@ -68,6 +68,12 @@ class Pages:
         """Whether there are notes that have still to be written down."""
         return self._saved < self._journal.last
 
+    def begin(self) -> None:
+        """Begin to write down what has been noted, if nobody is at it."""
+        saving = self._saving
+        if saving is None or saving.done() or saving.get_loop() is not asyncio.get_running_loop():
+            self._saving = asyncio.ensure_future(self._write_all())
+
     async def save(self) -> None:
         """Return when all that has been noted so far is written down, or could not be.
 
@@ -76,30 +82,32 @@ class Pages:
         """
         wanted = self._journal.last
         while self._saved < wanted:
-            saving = self._saving
-            if saving is None or saving.done() or saving.get_loop() is not asyncio.get_running_loop():
-                saving = self._saving = asyncio.ensure_future(self._write())
-            await asyncio.shield(saving)
+            self.begin()
+            assert self._saving is not None
+            await asyncio.shield(self._saving)
+
+    async def _write_all(self) -> None:
+        while self.is_behind:
+            upto = self._journal.last
+            try:
+                await self._write()
+            except Exception as error:  # noqa: BLE001  # see the last rule
+                self._broken(error)
+            self._saved = max(self._saved, upto)
 
     async def _write(self) -> None:
-        upto, old = self._journal.last, list(self._pages) if len(self._pages) >= _MANY else []
+        old = list(self._pages) if len(self._pages) >= _MANY else []
         if notes := self._journal.after(0 if old else self._saved):
             key = self._root + new_token().hex().encode()
-            try:
-                (outcome,) = await self._store.write_many(
-                    [Write(key, _page(key, notes, self._store.now()), None, None)]
-                )
-                if isinstance(outcome, StoreError):
-                    raise outcome
-            except StoreError as error:
-                self._broken(error)
-            else:
-                self.works = True
-                self._pages[key] = notes
-                await self._remove(old)  # all that they say that still stands is in the new one
-        self._saved = max(self._saved, upto)
+            write = Write(key, _page(key, notes, self._store.now()), None, None)
+            (outcome,) = await self._in_time(self._store.write_many([write]))
+            if isinstance(outcome, StoreError):
+                raise outcome
+            self.works = True
+            self._pages[key] = notes
+            await self._remove(old)  # all that they say that still stands is in the new one
 
-    def _broken(self, error: StoreError) -> None:
+    def _broken(self, error: Exception) -> None:
         if self.works:
             _log.warning(
                 "the journal can't be kept in the standby, and is lost if this process ends during an outage: %s", error
@@ -150,6 +158,8 @@ class Pages:
     async def prune(self) -> None:
         """Remove the pages that have nothing left to say."""
         await self.save()  # what one of its notes has become by now may be new
+        if not self.works:  # and is written down nowhere else
+            return
         done = [key for key, notes in self._pages.items() if not any(map(self._journal.stands, notes))]
         await self._remove(done)
 

@@ -12,13 +12,17 @@ Rules:
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
+from typing import Final
 
 from .._exceptions import StoreError
 from .._frame import HEAD_SIZE, FrameError, peek, retimed
 from .._protocols import Begun, Held, Leases, Outcome, Patch, Retimed, Store, Used, Write
+
+_PATIENCE: Final = 10.0  # seconds
 
 
 class Standby:
@@ -139,8 +143,7 @@ class Standby:
             await self.store.used_many(keys)
 
     async def drop(self, prefix: bytes) -> None:
-        """Give back the room. No promise hangs on it, so a failure is passed over."""
-        try:
-            await self.store.clear(prefix)
-        except StoreError:
-            pass
+        """Give back the room. No promise hangs on it, so a failure is passed over, and one that hangs is given up."""
+        with suppress(StoreError, TimeoutError):
+            async with asyncio.timeout(_PATIENCE):
+                await self.store.clear(prefix)

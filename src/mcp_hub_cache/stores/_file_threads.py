@@ -227,7 +227,8 @@ class Threads:
         try:
             while returns.pending and count != returns.count:
                 count = returns.count
-                returns.settled = self._loop.create_future()
+                if returns.settled is None or returns.settled.done():
+                    returns.settled = self._loop.create_future()
                 await asyncio.wait([returns.settled], timeout=_LAST)
         finally:
             if self._watch is not None:
@@ -241,6 +242,8 @@ class Threads:
                         )
                     )
             returns.pending.clear()
+            if returns.settled is not None and not returns.settled.done():
+                returns.settled.set_result(None)  # another one that closes may wait for it
 
 
 class Aside(futures.Executor):
@@ -248,6 +251,7 @@ class Aside(futures.Executor):
 
     def __init__(self, name: str) -> None:
         self._crew = Crew(name, 1)
+        self._last: futures.Future[None] | None = None
         weakref.finalize(self, self._crew.end).atexit = False
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> futures.Future[T]:
@@ -260,8 +264,9 @@ class Aside(futures.Executor):
         """Let jobs end, and then the thread. What takes longer than a few seconds is not waited for."""
         try:
             if self._crew.size():
-                last = asyncio.wrap_future(self.submit(_nothing))
-                await asyncio.wait([last], timeout=_LAST)
+                if self._last is None:  # once the thread has ended, nothing is done any more
+                    self._last = self.submit(_nothing)
+                await asyncio.wait([asyncio.wrap_future(self._last)], timeout=_LAST)
         finally:
             self._crew.end()
 

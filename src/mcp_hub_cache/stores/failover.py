@@ -35,7 +35,7 @@ import inspect
 import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
 from functools import partial
 from operator import attrgetter
 from typing import Any, Final
@@ -274,9 +274,10 @@ class FailoverStore:
         if lane in self._health.away:
             self._keeper.note(write.key for write in writes if write.fence is None)
             standby = self._routes.away(lane)
-            outcomes = await standby.write_many(fitted(writes, self.id, standby.store))
-            await self._keeper.save()
-            return outcomes
+            try:
+                return await standby.write_many(fitted(writes, self.id, standby.store))
+            finally:
+                await self._keeper.save()
         outcomes = await self._primary.change("write", self._store.write_many, fitted(writes, self.id, self._store))
         return await self._elsewhere(writes, outcomes, lane)
 
@@ -347,12 +348,12 @@ class FailoverStore:
 
     async def aclose(self) -> None:
         """End the background task and close both stores. What is journalled stays, for the next loop."""
-        await self._keeper.aclose()
-        try:
-            await self._primary.store.aclose()
-        finally:
+        async with AsyncExitStack() as closing:  # the last first
             if self._standby is not None:
-                await self._standby.store.aclose()
+                closing.push_async_callback(self._standby.store.aclose)
+            closing.push_async_callback(self._keeper.aclose)  # what was under way has failed just now, and is noted
+            closing.push_async_callback(self._primary.store.aclose)
+            await self._keeper.aclose()
 
     # Coherent
 
