@@ -16,7 +16,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,11 +31,9 @@ from mcp_hub_cache._exceptions import StoreError, StoreFullError, StoreTimeoutEr
 from mcp_hub_cache.stores.failover import FailoverStore
 from mcp_hub_cache.stores.file import FileStore
 from mcp_hub_cache.stores.memory import MemoryStore
-from mcp_hub_cache.stores.redis import RedisStore
 from mcp_hub_cache.testing import FakeClock
 from tests.backends import PATIENT, poll
 from tests.ledger import Ledger, Name, Reading, Value, tag_of
-from tests.servers import Server, valkey_server
 from tests.stores.failing import Primary, View
 
 KEYS = ("a", "b", "c")
@@ -43,7 +41,6 @@ TAGS = ("x", "y")
 PROCESSES = (0, 1)
 # Whether what a process had still to tell a server is known to the next one. Files keep it, once the failover does.
 JOURNAL_SURVIVES = False
-MINUTES = float(os.environ.get("MODEL_MINUTES", "0"))
 
 _METHODS = ("get_many", "head_many", "begin_many", "write_many", "patch_many", "delete_many", "clear", "ping")
 _ERRORS: dict[str, type[StoreError]] = {
@@ -206,7 +203,9 @@ class Machine(RuleBasedStateMachine):
 
     # What is answered
 
-    def look(self, process: Process, key: str, got: Any, asked: float, now: float, stale_ttl: float = 0.0) -> None:
+    def look(  # noqa: PLR0917  # what is known of a reading
+        self, process: Process, key: str, got: Any, asked: float, now: float, stale_ttl: float = 0.0
+    ) -> None:
         if got is MISSING:
             return
         name = Name(self.kind, "default", "", key)
@@ -260,7 +259,7 @@ class Machine(RuleBasedStateMachine):
     # Changing
 
     @rule(at=processes, key=keys, ttl=ttls, tagged=tags, add=st.sampled_from([False, False, True]))
-    def write(self, at: int, key: str, ttl: float, tagged: frozenset[str], *, add: bool) -> None:  # noqa: PLR0917
+    def write(self, at: int, key: str, ttl: float, tagged: frozenset[str], *, add: bool) -> None:
         process = self.processes[at]
         value, fired = self.value(key, ttl, tagged), process.fired()
         done = self.run((process.cache.add if add else process.cache.set)(key, value, ttl=ttl, tags=tagged))
@@ -370,7 +369,7 @@ class Machine(RuleBasedStateMachine):
         after=st.booleans(),
         calls=st.sampled_from([1, 2, 4, None, None]),
     )
-    def fail(self, at: int, side: int, kind: str, *, after: bool, calls: int | None) -> None:  # noqa: PLR0917
+    def fail(self, at: int, side: int, kind: str, *, after: bool, calls: int | None) -> None:
         moods = self.processes[at].moods
         mood = moods[side % len(moods)]
         mood.kind, mood.after, mood.calls = kind, after, calls
@@ -443,9 +442,10 @@ class Failover(Machine):
 
 
 def play(machine: type[Machine], *, games: int, steps: int = 40) -> None:
-    """Play so many games, or for ``MODEL_MINUTES``, with new randomness in each run; a failing game is printed."""
-    first = random.randrange(1 << 30) if (given := os.environ.get("MODEL_SEED")) is None else int(given)
-    print(f"again: MODEL_SEED={first} pytest tests/test_model_faults.py")
+    """Play so many games with new randomness in each run, or that of an earlier one; a failing game is printed."""
+    given = os.environ.get("MODEL_SEED")
+    first = random.randrange(1 << 30) if given is None else int(given)
+    print(f"the same games again: MODEL_SEED={first}, {machine.__name__}, {games} games of {steps} steps")
     run_state_machine_as_test(
         seed(first)(machine),
         settings=settings(
