@@ -16,7 +16,8 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Coroutine
+import time
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,16 +32,22 @@ from mcp_hub_cache._exceptions import StoreError, StoreFullError, StoreTimeoutEr
 from mcp_hub_cache.stores.failover import FailoverStore
 from mcp_hub_cache.stores.file import FileStore
 from mcp_hub_cache.stores.memory import MemoryStore
+from mcp_hub_cache.stores.redis import RedisStore
 from mcp_hub_cache.testing import FakeClock
 from tests.backends import PATIENT, poll
 from tests.ledger import Ledger, Name, Reading, Value, tag_of
+from tests.servers import Server, valkey_server
 from tests.stores.failing import Primary, View
 
 KEYS = ("a", "b", "c")
 TAGS = ("x", "y")
 PROCESSES = (0, 1)
-# Whether what a process had still to tell a server is known to the next one. Files keep it, once the failover does.
-JOURNAL_SURVIVES = False
+# What the failover does not do yet. Each makes the model more lenient; take it out when it does.
+NOT_YET = frozenset({
+    "the journal survives the process",
+    "what could be changed neither in the server nor in the standby is a miss in both",
+    "what was added while the standby served is not followed by what the server had before",
+})  # fmt: skip
 
 _METHODS = ("get_many", "head_many", "begin_many", "write_many", "patch_many", "delete_many", "clear", "ping")
 _ERRORS: dict[str, type[StoreError]] = {
@@ -104,7 +111,8 @@ def moody(store: Any) -> tuple[Any, Mood]:
                 raise
             return answer
 
-        return call
+        # As a store that needs no task of its caller's for what most calls are.
+        return call if name not in ("get_many", "write_many") else lambda *args: asyncio.ensure_future(call(*args))
 
     for name in _METHODS:
         setattr(store, name, make(name))
@@ -125,6 +133,7 @@ class Process:
     moods: list[Mood]
     ledger: Ledger
     sure: dict[str, tuple[Any, float, frozenset[str]]] = field(default_factory=dict)  # value, end, tags
+    stood_by: int = 0  # how many calls had failed in the standby at the last change
 
     def fired(self) -> int:
         return sum(mood.fired for mood in self.moods)
@@ -134,6 +143,7 @@ class Machine(RuleBasedStateMachine):
     """Does to caches what ledgers take down."""
 
     journal: ClassVar[bool] = False
+    told_later: ClassVar[bool] = False  # whether others' near caches hear of changes a moment later
     kind: ClassVar[str] = "memory"
 
     def __init__(self) -> None:
@@ -230,18 +240,31 @@ class Machine(RuleBasedStateMachine):
         """Take down a change: everywhere, where nothing is wrong; where it is in doubt, as far as is promised."""
         end = self.step()
         calm = clean and self.is_calm()
+        if len(process.moods) > 1 and process.moods[1].fired > process.stood_by:
+            process.stood_by = process.moods[1].fired
+            if "what could be changed neither in the server nor in the standby is a miss in both" in NOT_YET:
+                told = False
         for other in self.processes:
-            if (clean and not self.journal) or calm or (other is process and self.journal and told is not False):
+            if (
+                (clean and not self.journal)
+                or (calm and not self.told_later)
+                or (other is process and self.journal and told is not False)
+            ):
                 for name in names:
                     other.ledger.changed(name, start, end)
         if not calm:
             self.unsure()
 
-    def surely(self, keys: Any, value: Any, until: float, tagged: frozenset[str] = frozenset()) -> None:
+    def surely(
+        self, process: Process, keys: Any, value: Any, until: float, tagged: frozenset[str] = frozenset()
+    ) -> None:
         if self.is_calm():
-            for process in self.processes:
+            for each in self.processes:
                 for key in keys:
-                    process.sure[key] = value, until, tagged
+                    if each is process or not self.told_later:
+                        each.sure[key] = value, until, tagged
+                    else:
+                        each.sure.pop(key, None)
 
     # Reading
 
@@ -268,11 +291,11 @@ class Machine(RuleBasedStateMachine):
             if not clean:
                 self.unsure()
             return
-        # What is added while the standby serves may be followed by what the server had before.
-        told = clean and self.is_calm() if add else None
+        lenient = "what was added while the standby served is not followed by what the server had before" in NOT_YET
+        told = clean and self.is_calm() if add and lenient else None
         self.changed(process, [Name(self.kind, "default", "", key)], value["at"], clean=clean, told=told)
         if clean:
-            self.surely([key], value, value["made"] + ttl, tagged)
+            self.surely(process, [key], value, value["made"] + ttl, tagged)
 
     @rule(at=processes, key=keys)
     def delete(self, at: int, key: str) -> None:
@@ -284,7 +307,7 @@ class Machine(RuleBasedStateMachine):
         clean = process.fired() == fired
         self.changed(process, [Name(self.kind, "default", "", key)], start, clean=clean)
         if clean:
-            self.surely([key], MISSING, self.now() + 1e9)
+            self.surely(process, [key], MISSING, self.now() + 1e9)
 
     @rule(at=processes, tag=st.sampled_from(TAGS))
     def invalidate(self, at: int, tag: str) -> None:
@@ -298,7 +321,7 @@ class Machine(RuleBasedStateMachine):
         if clean:
             assert told or not self.is_calm()
             hit = {key for each in self.processes for key, (_, _, tagged) in each.sure.items() if tag in tagged}
-            self.surely(hit, MISSING, self.now() + 1e9)
+            self.surely(process, hit, MISSING, self.now() + 1e9)
 
     @rule(at=processes, really=st.sampled_from([False, False, True]))
     def clear(self, at: int, *, really: bool) -> None:
@@ -310,7 +333,7 @@ class Machine(RuleBasedStateMachine):
         clean = process.fired() == fired
         self.changed(process, [(self.kind, "default")], start, clean=clean)
         if clean:
-            self.surely(KEYS, MISSING, self.now() + 1e9)
+            self.surely(process, KEYS, MISSING, self.now() + 1e9)
 
     # Loading
 
@@ -375,6 +398,13 @@ class Machine(RuleBasedStateMachine):
         mood.kind, mood.after, mood.calls = kind, after, calls
         self.unsure()
 
+    @rule(at=processes, side=st.sampled_from([0, 0, 1]))
+    def break_down(self, at: int, side: int) -> None:
+        """For long enough that everybody knows."""
+        self.fail(at, side, "unreachable", after=False, calls=None)
+        for _ in range(4):
+            self.read(at, KEYS[0], many=False)
+
     @rule(at=processes)
     def repair(self, at: int) -> None:
         for mood in self.processes[at].moods:
@@ -402,7 +432,7 @@ class Machine(RuleBasedStateMachine):
     @rule(at=processes, cleanly=st.booleans())
     def restart(self, at: int, *, cleanly: bool) -> None:
         process = self.processes[at]
-        survives = self.is_healthy(process) or JOURNAL_SURVIVES
+        survives = self.is_healthy(process) or "the journal survives the process" not in NOT_YET
         if cleanly:
             self.run(process.cache.aclose())
         else:
@@ -441,6 +471,47 @@ class Failover(Machine):
         return [Primary(View(self.server)), FileStore(self.folder, clock=self.clock)]
 
 
+class OverRedis(Failover):
+    """A real server, a near cache, and time that goes on by itself but for what it is moved."""
+
+    kind = "redis"
+    told_later = True
+    slack = 0.5
+    server_process: ClassVar[Server]
+
+    def __init__(self) -> None:
+        self.server_process.command("FLUSHALL")
+        super().__init__()
+        self.clock.time = 0.0
+
+    def now(self) -> float:
+        return time.time() + self.clock.time
+
+    def stores(self) -> list[Any]:
+        store = RedisStore(self.server_process.url, timeout=PATIENT)
+        now = store.now
+        store.now = lambda: now() + self.clock.time  # type: ignore[method-assign]
+        return [store, FileStore(self.folder, clock=self.now)]
+
+    @rule()
+    def empty(self) -> None:
+        self.server_process.command("FLUSHALL")
+        self.unsure()
+
+    @rule()
+    def cut_off(self) -> None:
+        self.server_process.kill_clients()
+        self.unsure()
+
+    @rule(really=st.sampled_from([False, False, True]))
+    def restart_server(self, *, really: bool) -> None:
+        if really:
+            self.server_process.kill()
+            self.read(0, KEYS[0], many=False)
+            self.server_process.start()
+            self.unsure()
+
+
 def play(machine: type[Machine], *, games: int, steps: int = 40) -> None:
     """Play so many games with new randomness in each run, or that of an earlier one; a failing game is printed."""
     given = os.environ.get("MODEL_SEED")
@@ -461,7 +532,22 @@ def play(machine: type[Machine], *, games: int, steps: int = 40) -> None:
     )
 
 
+GAMES = ((Machine, 200), (Files, 60), (Tiered, 60), (Failover, 80))
+
+
 @pytest.mark.timeout(600)  # a failure is shrunk first
-@pytest.mark.parametrize(("machine", "games"), [(Machine, 200), (Files, 60), (Tiered, 60), (Failover, 80)])
+@pytest.mark.parametrize(("machine", "games"), GAMES)
 def test_caches_over_failing_stores_answer_nothing_wrong(machine: type[Machine], games: int) -> None:
     play(machine, games=games)
+
+
+@pytest.fixture
+def over_redis() -> Iterator[type[Machine]]:
+    with valkey_server() as server:
+        OverRedis.server_process = server
+        yield OverRedis
+
+
+@pytest.mark.timeout(600)
+def test_caches_over_a_failing_server_answer_nothing_wrong(over_redis: type[Machine]) -> None:
+    play(over_redis, games=30)
