@@ -103,6 +103,13 @@ def soak(session: nox.Session) -> None:
 
 
 @nox.session
+def model(session: nox.Session) -> None:
+    """The model against caches over failing stores: ``-- --minutes 60``; each round prints its seed."""
+    _install(session, "test", extras="[cli,demo]")
+    session.run("python", "-m", "tests.model_run", *session.posargs)
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """The demo on a real MCP server. REPO, CACHE_ and REDIS_ variables apply; arguments after ``--`` go to it."""
     _install(session, "demo", extras="[demo]")

@@ -12,6 +12,7 @@ anything is broken.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import shutil
@@ -533,6 +534,14 @@ def play(machine: type[Machine], *, games: int, steps: int = 40) -> None:
 
 
 GAMES = ((Machine, 200), (Files, 60), (Tiered, 60), (Failover, 80))
+
+
+@pytest.fixture(autouse=True)
+def _without_logs() -> Iterator[None]:
+    """Thousands of lines, as was to be expected."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.timeout(600)  # a failure is shrunk first
