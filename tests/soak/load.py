@@ -19,6 +19,9 @@ from itertools import count
 from typing import Any
 
 from mcp_hub_cache import Cache, acached
+from mcp_hub_cache._exceptions import StoreError
+from mcp_hub_cache._frame import peek
+from mcp_hub_cache.stores.failover import FailoverStore
 from tests.ledger import Ledger, Name, Reading, Value, tag_of
 from tests.soak.watch import Faults, Heartbeat
 
@@ -149,6 +152,11 @@ class Load:
         if not task.cancelled():
             task.result()
 
+    def state(self) -> str:
+        """Of the first cache's store, where it knows one."""
+        store = self.places[0].cache.store
+        return store.state().state if isinstance(store, FailoverStore) else ""
+
     async def settle(self) -> None:
         """Return when everything under suspicion has been looked at."""
         if self._suspects:
@@ -181,7 +189,7 @@ class Load:
         self.counts[f"{op.place.name} {op.kind} {outcome}"] += 1
         for name in op.names:
             self._history[name].append(
-                f"{op.start:.4f}-{end:.4f} {op.kind} {outcome} during {','.join(self._faults.names()) or 'peace'}"
+                f"{op.start:.4f}-{end:.4f} {op.kind} {outcome} {self.state()} during {','.join(self._faults.names()) or 'peace'}"
             )
         if outcome == "cancelled":
             return
@@ -228,9 +236,32 @@ class Load:
             self.counts[f"{op.place.name} {op.kind} miss"] += 1
             return
         self.counts[f"{op.place.name} {op.kind} value"] += 1
+        self._history[name].append(
+            f"  gave {value.get('number')} of {value.get('by')}" if isinstance(value, dict) else ""
+        )
         reading = Reading(op.start, min(op.asked, op.place.now()), op.stale_ttl)
         if reason := self.ledger.wrong(name, value, reading):
-            self._wrong(op, name, reason, value)
+            task = asyncio.ensure_future(self._found(op, name, reason, value))
+            self._suspects.add(task)
+            task.add_done_callback(self._suspects.discard)
+
+    async def _found(self, op: Op, name: Name, reason: str, value: Any) -> None:
+        """Say where the value stands, as far as that can still be told."""
+        view = op.place.views[name.space, name.scope]
+        store: Any = view.store
+        stores = {"store": store}
+        if isinstance(store, FailoverStore):
+            stores = {"primary": store._store, "standby": store._keeper._standby.store}
+            reason += f"; {store.state().state}, {len(store._journal)} deletes to be made up for"
+        for side, each in stores.items():
+            try:
+                (data,) = await each.get_many([view._key(name.key)])
+            except StoreError as error:
+                reason += f"; {side}: {error}"
+                continue
+            head = None if data is None else peek(data)
+            reason += f"; {side}: {head and (head.kind, head.created, head.fresh_until)}"
+        self._wrong(op, name, reason, value)
 
     # Values
 
