@@ -25,6 +25,10 @@ from tests.servers import Server
 from tests.soak.processes import Process
 
 _DISK_MIB = 32
+_SNAPSHOT = "dump.rdb"
+# What is not promised yet, and is injected only where it is asked for by name: a server that is another one than it was
+# still gives what was deleted since (DESIGN.md, Failing: the ring of the last minute's deletes).
+NOT_YET = frozenset({"server set back"})
 _ENTRY = re.compile("[0-9a-f]{32}")
 
 
@@ -92,9 +96,24 @@ async def server_stopped(stage: Stage) -> AsyncIterator[None]:
 
 @fault("server")
 async def server_killed(stage: Stage) -> AsyncIterator[None]:
+    """It comes back empty."""
     stage.server.kill()
+    (stage.server.folder / _SNAPSHOT).unlink(missing_ok=True)
     try:
         await stage.lasting(0.0, 3.0)
+        yield
+    finally:
+        await asyncio.to_thread(stage.server.start)
+
+
+@fault("server")
+async def server_set_back(stage: Stage) -> AsyncIterator[None]:
+    """It comes back with what it held some seconds ago."""
+    await stage.tell("SAVE")
+    await stage.lasting(0.5, 5.0)
+    stage.server.kill()
+    try:
+        await stage.lasting(0.0, 1.0)
         yield
     finally:
         await asyncio.to_thread(stage.server.start)
