@@ -67,7 +67,7 @@ PROGRAMS = [
 
 
 def test_every_concept_has_programs() -> None:
-    assert {path.stem for path in CONCEPTS} == {"coalescing", "freshness", "scope", "tags"}
+    assert {path.stem for path in CONCEPTS} == {"coalescing", "freshness", "reliability", "scope", "tags"}
     for path in CONCEPTS:
         assert programs(path), f"{path.name} shows nothing"
 

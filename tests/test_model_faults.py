@@ -535,7 +535,7 @@ def play(machine: type[Machine], *, games: int, steps: int = 40) -> None:
     )
 
 
-GAMES = ((Machine, 200), (Files, 60), (Tiered, 60), (Failover, 80))
+GAMES = ((Machine, 150), (Files, 50), (Tiered, 50), (Failover, 80))
 
 
 @pytest.fixture(autouse=True)
