@@ -22,6 +22,9 @@ from tests.soak.load import Load, Place
 from tests.soak.watch import Ears, Faults, Heartbeat, resources
 
 
+_REST_SECONDS = 30.0  # longer than any deadline, loader, or wait for another process's
+
+
 def say(**what: Any) -> None:
     sys.stdout.write(json.dumps(what) + "\n")
     sys.stdout.flush()
@@ -87,6 +90,19 @@ class Worker:
     async def rest(self) -> None:
         """Let nothing go on."""
         self.load.going.clear()
+        try:
+            async with asyncio.timeout(_REST_SECONDS):
+                await self._rested()
+        except TimeoutError:
+            own = asyncio.current_task()
+            stacks = [f"{task.get_name()}: {task.get_stack()}" for task in asyncio.all_tasks() if task is not own]
+            flights = [list(place.cache._engine.session().flights._flights) for place in self.places]
+            self.violation(
+                f"{self._agents - self.load.resting} calls have not ended for {_REST_SECONDS:g} s",
+                history=[*stacks, str(flights)],
+            )
+
+    async def _rested(self) -> None:
         while self.load.resting < self._agents:
             await asyncio.sleep(0.01)
         for place in self.places:
