@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mcp_hub_cache import Cache, FileCache, RedisCache
 from mcp_hub_cache._protocols import Store, Write
@@ -14,7 +14,7 @@ from mcp_hub_cache.stores.failover import FailoverStore
 from mcp_hub_cache.stores.file import FileStore
 from mcp_hub_cache.stores.memory import MemoryStore
 from mcp_hub_cache.stores.redis import RedisStore
-from mcp_hub_cache.testing import FakeClock
+from mcp_hub_cache.testing import FakeClock, FaultyStore
 from tests.servers import Server
 
 NAMES = ("memory", "file", "redis")
@@ -85,6 +85,13 @@ class Backend:
     async def aclose(self) -> None:
         for cache in self.opened:
             await cache.aclose()
+
+
+class Plain(FaultyStore):
+    """Can do what every store can, and no more, whatever it wraps."""
+
+    def __new__(cls, store: Store, *, seed: int = 0) -> Self:
+        return object.__new__(cls)
 
 
 async def poll(holds: Callable[[], bool | Awaitable[bool]], seconds: float = 20.0) -> None:

@@ -26,8 +26,8 @@ from mcp_hub_cache.stores._redis_clock import steady
 from mcp_hub_cache.stores._redis_feed import TRUST
 from mcp_hub_cache.stores.file import FileStore
 from mcp_hub_cache.stores.redis import RedisStore
+from mcp_hub_cache.testing import FaultProxy
 from tests.backends import PATIENT, poll, turns
-from tests.proxy import Proxy, proxy
 from tests.servers import Server, valkey_server
 
 ROOT = str(Path(__file__).parents[1])
@@ -269,11 +269,11 @@ def _slot(store: Coherent, cache: Cache) -> Slot:
 
 
 @asynccontextmanager
-async def behind_a_proxy(valkey: Server) -> AsyncIterator[tuple[Proxy, Cache, Other]]:
+async def behind_a_proxy(valkey: Server) -> AsyncIterator[tuple[FaultProxy, Cache, Other]]:
     """This process through a proxy, the other one directly."""
     other = Other("redis", valkey.url)
     try:
-        async with proxy(valkey.port) as between, RedisCache(between.url, timeout=PATIENT) as cache:
+        async with FaultProxy(valkey.url) as between, RedisCache(between.url, timeout=PATIENT) as cache:
             yield between, cache, other
     finally:
         other.close()
@@ -286,24 +286,18 @@ async def test_an_answer_and_the_news_in_either_order(valkey: Server, first: str
         assert await near(cache, "k") == "old"
         for turn in range(5):
             await cache.set("k", f"old {turn}")
-            answers = [each for each in between.of(b"MGET") if b"SUBSCRIBE" not in each.said]
-            news = between.of(b"SUBSCRIBE")
-            for each in (*answers, *news):
-                each.held.clear()
-                each.passing.clear()
+            answers = between.hold(between.of(b"MGET"))
+            news = between.hold(b"SUBSCRIBE")
             reading = asyncio.ensure_future(cache.get("k"))
-            for each in answers:
-                await asyncio.wait_for(each.held.wait(), PATIENT)
+            await asyncio.wait_for(answers.hit.wait(), PATIENT)
             other.ask("set", "k", f"new {turn}")
-            for each in news:
-                await asyncio.wait_for(each.held.wait(), PATIENT)
-            for each in answers if first == "the answer" else news:
-                each.passing.set()
+            await asyncio.wait_for(news.hit.wait(), PATIENT)
+            (answers if first == "the answer" else news).end()
             if first == "the answer":
                 assert await reading == f"old {turn}"
             else:
                 await turns(50)
-            between.release()
+            between.heal()
             assert await reading == f"old {turn}"
             await becomes(cache, "k", f"new {turn}")
             assert await near(cache, "k") == f"new {turn}"
@@ -327,13 +321,13 @@ async def test_late_news_are_waited_for_no_longer_than_said(valkey: Server) -> N
     async with behind_a_proxy(valkey) as (between, cache, other):
         await cache.set("k", "old")
         assert await near(cache, "k") == "old"
-        between.hold(b"SUBSCRIBE")
+        between.hold(between.of(b"SUBSCRIBE"))
         other.ask("set", "k", "new")
         begun = steady()
         assert await cache.get("k") == "old"  # what nobody has told it, it can't know
         await becomes(cache, "k", "new")
         assert steady() - begun < TRUST + LATER
-        between.release()
+        between.heal()
         for _ in range(100):
             assert await cache.get("k") == "new"
             await asyncio.sleep(0)

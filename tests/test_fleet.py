@@ -20,9 +20,8 @@ from mcp_hub_cache import _placeholders as placeholders
 from mcp_hub_cache._leases import Rivals
 from mcp_hub_cache._open import open_cache
 from mcp_hub_cache.stores.memory import MemoryStore
-from mcp_hub_cache.testing import FaultyStore
-from tests.backends import NAMES, Backend, poll, stored, turns
-from tests.proxy import proxy
+from mcp_hub_cache.testing import FaultProxy
+from tests.backends import NAMES, Backend, Plain, poll, stored, turns
 from tests.servers import Server, valkey_server
 
 FLEET: dict[str, Any] = {"coalesce": "fleet"}
@@ -732,16 +731,16 @@ async def test_a_cable_that_is_pulled_holds_nobody_longer_than_the_wait(valkey: 
     """The next connection is good: whether the wait goes on or the load is tried uncached, it takes no time."""
     valkey.command("FLUSHALL")
     source = Source()
-    async with proxy(valkey.port) as cable, RedisCache(valkey.url) as one, RedisCache(cable.url) as other:
+    async with FaultProxy(valkey.url) as cable, RedisCache(valkey.url) as one, RedisCache(cable.url) as other:
         holder = start(one.get_or_load("k", source, **FLEET))
         await source.called()
         waiter = start(other.get_or_load("k", source, wait_timeout=20, **FLEET))
         await poll(lambda: len(other._engine.session().flights) == 1 and other.stats.misses == 1)
         begun = time.monotonic()
         if kind == "held":
-            assert cable.hold()
+            cable.hold(cable.of(b""))
         else:
-            await cable.aclose()
+            assert cable.cut()
         source.go.set()
         assert await waiter in ([1], [2])
         assert time.monotonic() - begun < 20
@@ -816,7 +815,7 @@ async def test_it_is_asked_for_by_the_environment(tmp_path: Path, monkeypatch: p
 
 def test_a_store_without_leases_refuses_it() -> None:
     refused = 'coalesce="fleet" needs a store with leases, which .* has not: use Redis or files'
-    store = FaultyStore(MemoryStore())
+    store = Plain(MemoryStore())
     with pytest.raises(ValueError, match=refused):
         Cache(store, coalesce="fleet")
     with pytest.raises(ValueError, match=refused):

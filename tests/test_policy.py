@@ -14,7 +14,8 @@ from mcp_hub_cache import FOREVER, Cache, Policy, acached
 from mcp_hub_cache._policy import DEFAULT, MAX_EARLY, THROTTLE, WAIT, changed
 from mcp_hub_cache._rules import Rules, rules_of
 from mcp_hub_cache.stores.memory import MemoryStore
-from mcp_hub_cache.testing import FakeClock, FaultyStore
+from mcp_hub_cache.testing import FakeClock
+from tests.backends import Plain
 
 HOUR = {"stale_ttl": "1h"}
 FLEET = {"coalesce": "fleet"}
@@ -234,7 +235,7 @@ async def test_fleet_needs_leases() -> None:
         return 1
 
     text = 'coalesce="fleet" needs a store with leases, which memory has not: use Redis or files'
-    store = FaultyStore(MemoryStore())  # passes on what every store has, and no more
+    store = Plain(MemoryStore())
     async with Cache(store) as cache:
         with pytest.raises(ValueError, match=text):
             acached(cache=cache, coalesce="fleet")
@@ -243,7 +244,7 @@ async def test_fleet_needs_leases() -> None:
         assert store.calls == {}
         assert await cache.get_or_load("k", load, coalesce="process") == 1
     with pytest.raises(ValueError, match=text):
-        Cache(FaultyStore(MemoryStore()), coalesce="fleet")
+        Cache(Plain(MemoryStore()), coalesce="fleet")
     Cache(MemoryStore(), coalesce="fleet")  # which has them
 
 

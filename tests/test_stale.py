@@ -259,26 +259,15 @@ async def test_one_of_two_processes_tries_after_the_rest_of_another_entry(world:
 # Where the store can't be asked
 
 
-class Doubtful(FaultyStore):
-    """A store that tells of changes, until it is not to be trusted."""
-
-    def __init__(self, store: MemoryStore) -> None:
-        super().__init__(store)
-        self.slot = store.slot
-        self.stamp = store.stamp
-        self.changed = store.changed
-        self.distrust = store.distrust
-
-
 @pytest.fixture
-async def doubtful() -> AsyncIterator[tuple[FakeClock, Doubtful, Cache]]:
+async def doubtful() -> AsyncIterator[tuple[FakeClock, FaultyStore, Cache]]:
     clock = FakeClock()
-    store = Doubtful(MemoryStore(clock=clock))
+    store = FaultyStore(MemoryStore(clock=clock))
     async with Cache(store) as cache:
         yield clock, store, cache
 
 
-async def test_what_l1_can_not_vouch_for_stands_in(doubtful: tuple[FakeClock, Doubtful, Cache]) -> None:
+async def test_what_l1_can_not_vouch_for_stands_in(doubtful: tuple[FakeClock, FaultyStore, Cache]) -> None:
     clock, store, cache = doubtful
     source = Source(Boom())
     await cache.set("k", ["old"])
@@ -298,7 +287,7 @@ async def test_what_l1_can_not_vouch_for_stands_in(doubtful: tuple[FakeClock, Do
         await cache.get_or_load("k", source, **STALE)
 
 
-async def test_what_is_known_to_have_changed_does_not_stand_in(doubtful: tuple[FakeClock, Doubtful, Cache]) -> None:
+async def test_what_is_known_to_have_changed_does_not_stand_in(doubtful: tuple[FakeClock, FaultyStore, Cache]) -> None:
     _, store, cache = doubtful
     await cache.set("k", "old")
     assert await cache.get("k") == "old"
@@ -311,7 +300,7 @@ async def test_what_is_known_to_have_changed_does_not_stand_in(doubtful: tuple[F
 
 
 async def test_where_the_store_is_down_what_l1_has_is_served_at_once(
-    doubtful: tuple[FakeClock, Doubtful, Cache],
+    doubtful: tuple[FakeClock, FaultyStore, Cache],
 ) -> None:
     _, store, cache = doubtful
     source = Source()

@@ -10,6 +10,8 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 from weakref import WeakKeyDictionary
 
@@ -229,5 +231,27 @@ async def default_cache() -> Cache:
 
 
 def _opened(opening: asyncio.Future[Cache]) -> None:
+    if _defaults.get(opening.get_loop()) is not opening:
+        return  # another one has taken its place
     alone = sum(not loop.is_closed() for loop in list(_defaults)) == 1
     CURRENT.cache = opening.result() if alone and not opening.cancelled() and opening.exception() is None else None
+
+
+@contextmanager
+def replaced_default(cache: Cache) -> Iterator[None]:
+    """Have *cache* be the running loop's default within the block."""
+    loop = asyncio.get_running_loop()
+    before = _defaults.get(loop)
+    _defaults[loop] = instead = loop.create_future()
+    instead.set_result(cache)
+    _opened(instead)
+    try:
+        yield
+    finally:
+        CURRENT.cache = None
+        if before is None:
+            del _defaults[loop]
+        else:
+            _defaults[loop] = before
+            if before.done():
+                _opened(before)

@@ -20,7 +20,7 @@ from typing import Any
 
 import hiredis
 
-from tests.proxy import Proxy
+from mcp_hub_cache.testing import FaultProxy
 from tests.servers import Server
 from tests.soak.processes import Process
 
@@ -37,7 +37,7 @@ class Stage:
     """What can be broken."""
 
     server: Server
-    proxy: Proxy
+    proxy: FaultProxy
     disk: Path  # where ``files``, shared, and ``standby`` are
     bounded: bool  # whether the disk is one of our own, which can be filled
     rng: random.Random
@@ -208,29 +208,46 @@ async def read_only(stage: Stage) -> AsyncIterator[None]:
 
 @fault("network")
 async def black_hole(stage: Stage) -> AsyncIterator[None]:
-    stage.proxy.hold()
-    try:
+    with stage.proxy.black_hole():
         await stage.lasting(0.2, 3.0)
         yield
-    finally:
-        stage.proxy.release()
+
+
+@fault("network")
+async def held_back(stage: Stage) -> AsyncIterator[None]:
+    """And passed on later, as by a cable that was pulled."""
+    with stage.proxy.hold():
+        await stage.lasting(0.2, 3.0)
+        yield
+
+
+@fault("network")
+async def slow_network(stage: Stage) -> AsyncIterator[None]:
+    with stage.proxy.delay((0.0, stage.rng.choice([0.02, 0.2, 1.0]))):
+        await stage.lasting(0.2, 3.0)
+        yield
+
+
+@fault("network")
+async def refused(stage: Stage) -> AsyncIterator[None]:
+    with stage.proxy.refuse():
+        stage.proxy.cut()
+        await stage.lasting(0.2, 3.0)
+        yield
+
+
+@fault("network")
+async def cut_off(stage: Stage) -> AsyncIterator[None]:
+    with stage.proxy.cut_after(stage.rng.randrange(5000)):
+        await stage.lasting(0.2, 2.0)
+        yield
 
 
 @fault("network")
 async def garbled(stage: Stage) -> AsyncIterator[None]:
-    def garble(data: bytes) -> bytes:
-        if stage.rng.random() < 0.9:
-            return data
-        changed = bytearray(data)
-        changed[stage.rng.randrange(len(changed))] ^= 1 << stage.rng.randrange(8)
-        return bytes(changed)
-
-    stage.proxy.edit = garble
-    try:
+    with stage.proxy.garble(probability=0.1):
         await stage.lasting(0.2, 2.0)
         yield
-    finally:
-        stage.proxy.edit = lambda data: data
 
 
 # The workers

@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from tests.proxy import proxy
+from mcp_hub_cache.testing import FaultProxy
 from tests.servers import valkey_server
 from tests.soak.faults import FAULTS, NOT_YET, Stage, small_disk
 from tests.soak.processes import Process
@@ -75,7 +75,7 @@ class Run:
         try:
             async with AsyncExitStack() as stack:
                 server = stack.enter_context(valkey_server("--enable-debug-command", "local"))
-                front = await stack.enter_async_context(proxy(server.port))
+                front = await stack.enter_async_context(FaultProxy(server.url, seed=self._seed))
                 bounded = await stack.enter_async_context(small_disk(self._folder / "disk"))
                 disk = self._folder / "disk"
                 self._options = {

@@ -21,7 +21,6 @@ from mcp_hub_cache.stores.memory import MemoryStore
 from tests.soak.load import Load, Place
 from tests.soak.watch import Ears, Faults, Heartbeat, resources
 
-
 _REST_SECONDS = 30.0  # longer than any deadline, loader, or wait for another process's
 
 

@@ -22,10 +22,9 @@ from mcp_hub_cache.stores import _redis_feed
 from mcp_hub_cache.stores._redis_clock import steady
 from mcp_hub_cache.stores._redis_feed import TRUST
 from mcp_hub_cache.stores.redis import RedisStore
-from mcp_hub_cache.testing import entry_frame
+from mcp_hub_cache.testing import FaultProxy, entry_frame
 from tests.backends import poll, turns
 from tests.forks import in_child
-from tests.proxy import proxy
 from tests.servers import Server, certificates, fake_server, redis_server, valkey_server
 
 K, OTHER = b"mcp_hub:t:e:k", b"mcp_hub:t:e:other"
@@ -179,7 +178,7 @@ OWN: dict[str, Change] = {
 @pytest.mark.parametrize("change", OWN.values(), ids=OWN.keys())
 async def test_own_changes_move_it_at_send_and_at_reply(server: Server, change: Change) -> None:
     """The server's own word is held back, so that it can't be what moves it."""
-    async with proxy(server.port) as between, opened(between.url) as store:
+    async with FaultProxy(server.url) as between, opened(between.url) as store:
         before = await live(store)
         between.hold(b"SUBSCRIBE")
         future = asyncio.ensure_future(change(store))
@@ -190,7 +189,7 @@ async def test_own_changes_move_it_at_send_and_at_reply(server: Server, change: 
 
 
 async def test_an_own_clear_moves_what_it_removes(server: Server) -> None:
-    async with proxy(server.port) as between, opened(between.url) as store:
+    async with FaultProxy(server.url) as between, opened(between.url) as store:
         await store.write_many([write(store), write(store, OTHER)])
         before = [await live(store), await live(store, OTHER)]
         between.hold(b"SUBSCRIBE")
@@ -210,7 +209,7 @@ async def test_an_own_write_that_failed_moves_it_too(server: Server, store: Redi
 
 
 async def test_an_own_write_whose_caller_left_is_heard_of(server: Server) -> None:
-    async with proxy(server.port) as between, opened(between.url) as store:
+    async with FaultProxy(server.url) as between, opened(between.url) as store:
         await store.write_many([write(store, OTHER)])  # what waits for the connection is not sent at all
         await live(store)
         between.hold(b"SUBSCRIBE")
@@ -221,7 +220,7 @@ async def test_an_own_write_whose_caller_left_is_heard_of(server: Server) -> Non
         cancelled = store.stamp(K)
         assert cancelled not in {None, sent}
         await poll(lambda: server.command("EXISTS", K) == 1)
-        between.release()
+        between.heal()
         await moved(store, cancelled or 0)
 
 
@@ -317,30 +316,30 @@ async def test_a_server_that_is_restarted(caplog: pytest.LogCaptureFixture) -> N
 
 async def test_a_cable_that_was_pulled(server: Server) -> None:
     """Nothing says that the connection is dead; the clock does."""
-    async with proxy(server.port) as between, opened(between.url) as store:
+    async with FaultProxy(server.url) as between, opened(between.url) as store:
         before, slot = await live(store), store.slot(K)
         assert slot is not None
         begun = steady()
-        between.hold()
+        between.hold(between.of(b""))
         server.command("SET", K, "unheard")
         assert store.stamp(K) == before
         await poll(lambda: slot.stamp() is None)
         assert steady() - begun < TRUST + LATER
-        between.release()
+        between.heal()
         assert await live(store) != before
 
 
 async def test_trust_counts_from_when_the_ping_was_sent(server: Server) -> None:
     """For the answer may say how things were when it left."""
-    async with proxy(server.port) as between, opened(between.url) as store:
+    async with FaultProxy(server.url) as between, opened(between.url) as store:
         await live(store)
         slot = store.slot(K)
         assert slot is not None
-        (connection,) = between.hold(b"SUBSCRIBE")
-        await asyncio.wait_for(connection.held.wait(), 10)
+        held = between.hold(b"SUBSCRIBE")
+        await asyncio.wait_for(held.hit.wait(), 10)
         until, sent = slot.changes.until, steady()
         await poll(lambda: steady() > sent + 0.5)
-        between.release()
+        between.heal()
         await poll(lambda: slot.changes.until > until)
         assert slot.changes.until <= sent + TRUST
 
@@ -377,9 +376,9 @@ async def test_a_blocked_process_trusts_nothing_until_it_has_heard(server: Serve
 
 async def test_garbage_ends_it(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    async with proxy(server.port) as between, opened(between.url) as store:
+    async with FaultProxy(server.url) as between, opened(between.url) as store:
         await live(store)
-        between.edit = lambda data: data.replace(b"*3\r\n$7\r\nmessage", b"HTTP/1.1 400 Bad Request")
+        between.edit(lambda data: data.replace(b"*3\r\n$7\r\nmessage", b"HTTP/1.1 400 Bad Request"))
         server.command("SET", K, "1")
         await gone(store)
         assert "not what a Redis server says" in str((await store.info())["l1_feed"])
@@ -421,7 +420,7 @@ async def test_without_permission_there_is_no_feed_and_nothing_else_is_hurt(
 
 async def test_a_refusing_server_is_left_alone(server: Server) -> None:
     server.command("ACL", "SETUSER", "guest", "reset", "on", ">pw", "~*", "&*", "+@all", "-client|tracking")
-    async with proxy(server.port) as between, opened(between.url, username="guest", password="pw") as store:
+    async with FaultProxy(server.url) as between, opened(between.url, username="guest", password="pw") as store:
         await store.get_many([K])
         store.stamp(K)
         feed = store._wires.get().feed
@@ -453,8 +452,8 @@ async def test_a_server_that_agrees_and_tells_nothing(
     monkeypatch.setattr(_redis_feed, "_BEAT", 0.02)
     caplog.set_level(logging.INFO)
     message = re.compile(rb"\*3\r\n\$7\r\nmessage\r\n.*?(?=\*2\r\n\$4\r\npong|\Z)", re.DOTALL)
-    async with proxy(server.port) as between, opened(between.url) as store:
-        between.edit = lambda data: message.sub(b"", data)
+    async with FaultProxy(server.url) as between, opened(between.url) as store:
+        between.edit(lambda data: message.sub(b"", data))
         await live(store)
         (connection,) = between.of(b"SUBSCRIBE")
         await poll(lambda: connection.said.count(b"PING") > 5)  # reading alone proves nothing
@@ -506,7 +505,7 @@ async def test_where_nobody_asks_the_pings_rest(server: Server, monkeypatch: pyt
     monkeypatch.setattr(_redis_feed, "_BEAT", 0.01)
     monkeypatch.setattr(_redis_feed, "_REST", 5)
     monkeypatch.setattr(_redis_feed, "TRUST", 0.3)
-    async with proxy(server.port) as between, opened(between.url) as store:
+    async with FaultProxy(server.url) as between, opened(between.url) as store:
         before, slot = await live(store), store.slot(K)
         assert slot is not None
         await poll(lambda: slot.stamp() is None)

@@ -1,13 +1,15 @@
-"""Stand-ins that misbehave when told to: a clock that is set, a store that fails or hangs."""
+"""What a test says of trouble, whichever of the stand-ins makes it: a fault that lasts until it is ended; a clock."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
-from typing import Any
+import random
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
 
-from .._exceptions import StoreError, StoreUnreachableError
-from .._protocols import Begun, Outcome, Patch, Store, Write
+Seconds = float | tuple[float, float]
+"""So many seconds, or a random number of them between the two."""
 
 
 class FakeClock:
@@ -29,107 +31,69 @@ class FakeClock:
         self.time += by
 
 
-class FaultyStore:
-    """A store in front of another one that misbehaves on command; for trying an agent against a broken cache.
+class Fault:
+    """A fault in force: until ``end()``, to the end of a ``with`` block, or until it has struck so many times.
 
     Attributes:
-        error: Raised by every call while set.
-        hang: While cleared, calls wait for it to be set.
-        calls: How often each method was called.
+        count: How often it has struck.
+        hit: Set when it has struck.
+        over: Set when it was ended. What has struck its number of times strikes no more, and is not over.
+        on_end: Called when it ends.
     """
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self.error: StoreError | None = None
-        self.hang = asyncio.Event()
-        self.hang.set()
-        self.calls: dict[str, int] = {}
+    def __init__(self, rng: random.Random, *, times: int | None, probability: float) -> None:
+        if times is not None and times < 1:
+            raise ValueError(f"times must be 1 or more, or None for no end, not {times!r}")
+        if not 0 < probability <= 1:
+            raise ValueError(f"probability must be more than 0 and at most 1, not {probability!r}")
+        self.count = 0
+        self.hit = asyncio.Event()
+        self.over = asyncio.Event()
+        self.on_end: Callable[[], None] | None = None
+        self._rng = rng
+        self._times = times
+        self._probability = probability
 
-    def break_down(self, error: StoreError | None = None) -> None:
-        """Fail every call from now on, as an unreachable server does unless *error* says otherwise."""
-        self.error = error if error is not None else StoreUnreachableError("the store was broken by the test.")
+    def __enter__(self) -> Self:
+        """Nothing: it is in force already."""
+        return self
 
-    def repair(self) -> None:
-        """Serve again."""
-        self.error = None
-        self.hang.set()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End it."""
+        self.end()
 
-    @property
-    def name(self) -> str:
-        """The wrapped store's."""
-        return self._store.name
+    def end(self) -> None:
+        """Strike no more. What it held back goes on."""
+        if not self.over.is_set():
+            self.over.set()
+            if self.on_end is not None:
+                self.on_end()
 
-    @property
-    def id(self) -> int:
-        """The wrapped store's."""
-        return self._store.id
+    def strikes(self) -> bool:
+        """Whether it strikes now; counted."""
+        if self.over.is_set() or self.count == self._times:
+            return False
+        if self._probability < 1 and self._rng.random() >= self._probability:
+            return False
+        self.count += 1
+        self.hit.set()
+        return True
 
-    def now(self) -> float:
-        """The wrapped store's."""
-        return self._store.now()
 
-    def lane(self, key: bytes, /) -> Hashable:
-        """The wrapped store's."""
-        return self._store.lane(key)
+async def wait(rng: random.Random, seconds: Seconds) -> None:
+    """Let the time pass."""
+    await asyncio.sleep(rng.uniform(*seconds) if isinstance(seconds, tuple) else seconds)
 
-    async def _guarded(self, name: str, call: Callable[[], Awaitable[Any]]) -> Any:
-        self.calls[name] = self.calls.get(name, 0) + 1
-        await self.hang.wait()
-        if self.error is not None:
-            raise self.error
-        return await call()
 
-    async def get_many(self, keys: Sequence[bytes], /) -> list[bytes | None]:
-        """See ``Store``; so for all that follow."""
-        result: list[bytes | None] = await self._guarded("get_many", lambda: self._store.get_many(keys))
-        return result
+def checked(seconds: Seconds) -> Seconds:
+    """Return *seconds*.
 
-    async def head_many(self, keys: Sequence[bytes], /) -> list[bytes | None]:
-        """See ``Store``."""
-        result: list[bytes | None] = await self._guarded("head_many", lambda: self._store.head_many(keys))
-        return result
-
-    async def begin_many(self, keys: Sequence[bytes], /, *, hold: float) -> list[Begun]:
-        """See ``Store``."""
-        result: list[Begun] = await self._guarded("begin_many", lambda: self._store.begin_many(keys, hold=hold))
-        return result
-
-    async def write_many(self, writes: Sequence[Write], /) -> list[Outcome]:
-        """See ``Store``."""
-        result: list[Outcome] = await self._guarded("write_many", lambda: self._store.write_many(writes))
-        return result
-
-    async def patch_many(self, patches: Sequence[Patch], /) -> list[Outcome]:
-        """See ``Store``."""
-        result: list[Outcome] = await self._guarded("patch_many", lambda: self._store.patch_many(patches))
-        return result
-
-    async def delete_many(self, keys: Sequence[bytes], /) -> list[bytes | None]:
-        """See ``Store``."""
-        result: list[bytes | None] = await self._guarded("delete_many", lambda: self._store.delete_many(keys))
-        return result
-
-    async def scan(self, prefix: bytes, /) -> AsyncGenerator[list[tuple[bytes, bytes]], None]:
-        """See ``Store``."""
-        async for page in self._store.scan(prefix):
-            if self.error is not None:
-                raise self.error
-            yield page
-
-    async def clear(self, prefix: bytes, /) -> int:
-        """See ``Store``."""
-        result: int = await self._guarded("clear", lambda: self._store.clear(prefix))
-        return result
-
-    async def ping(self, lane: Hashable = None, /) -> None:
-        """See ``Store``."""
-        await self._guarded("ping", lambda: self._store.ping(lane))
-
-    async def info(self) -> Mapping[str, str | int | float]:
-        """See ``Store``."""
-        result: Mapping[str, str | int | float] = await self._guarded("info", self._store.info)
-        return result
-
-    async def aclose(self) -> None:
-        """Close the wrapped store; works while broken."""
-        await self._store.aclose()
+    Raises:
+        ValueError: They are negative, or the range ends before it begins.
+    """
+    low, high = seconds if isinstance(seconds, tuple) else (seconds, seconds)
+    if not 0 <= low <= high:
+        raise ValueError(f"seconds must be 0 or more, or a pair (from, to), not {seconds!r}")
+    return seconds
