@@ -58,6 +58,12 @@ _ERRORS: dict[str, type[StoreError]] = {
 }
 _HANG = 0.002
 
+SIDES = ("primary", "standby")
+STEPS = (
+    "write", "write", "add", "delete", "break primary", "break primary", "fail primary 1", "fail primary 2",
+    "fail standby 1", "fail standby 2", "repair primary", "repair standby", "heal", "restart",
+)  # fmt: skip
+
 processes = st.sampled_from(PROCESSES)
 keys = st.sampled_from(KEYS)
 tags = st.frozensets(st.sampled_from(TAGS), max_size=1)
@@ -425,6 +431,29 @@ class Machine(RuleBasedStateMachine):
                 await poll(lambda process=process: self.is_healthy(process))
 
         self.run(healed())
+
+    @rule(at=processes, key=keys, steps=st.lists(st.sampled_from(STEPS), min_size=3, max_size=8))
+    def trouble(self, at: int, key: str, steps: list[str]) -> None:
+        """What happens to one key of one process in a row, with a look at it after each step."""
+        for step in steps:
+            moods = self.processes[at].moods
+            match step.split(" "):
+                case ["write" | "add"]:
+                    self.write(at, key, 60.0, frozenset(), add=step == "add")
+                case ["delete"]:
+                    self.delete(at, key)
+                case ["break", side]:
+                    self.break_down(at, SIDES.index(side))
+                case ["fail", side, calls]:
+                    self.fail(at, SIDES.index(side), "unreachable", after=False, calls=int(calls))
+                    continue  # a look would be what fails
+                case ["repair", side]:
+                    moods[SIDES.index(side) % len(moods)].kind = None
+                case ["heal"]:
+                    self.heal()
+                case ["restart"]:
+                    self.restart(at, cleanly=True)
+            self.read(at, key, many=False)
 
     @rule()
     def empty(self) -> None:
