@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+import traceback
 from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -178,6 +179,9 @@ class Load:
             return await work
         except asyncio.CancelledError:
             op.cancelled, outcome = True, "cancelled"
+            task = asyncio.current_task()
+            if task is not None and not task.cancelling():
+                self._wrong(op, op.names[0] if op.names else None, f"cancelled by nobody: {traceback.format_exc()}")
             raise
         except Boom:
             outcome = "raised"
