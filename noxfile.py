@@ -1,6 +1,6 @@
-"""``nox`` checks style and types and runs the tests on every interpreter found.
+"""``nox`` checks style and types, runs the tests on every interpreter found, and the cache under load and faults.
 
-``nox -s demo`` runs the demo, ``nox -s bench`` the benchmarks.
+``nox -s demo`` runs the demo, ``nox -s bench`` the benchmarks, ``nox -s model`` the model against the real thing.
 
 An interpreter that is not there is skipped, and the closing table says so. Environments are kept in ``.nox`` and
 installed into again only when pyproject.toml has changed.
@@ -24,7 +24,7 @@ PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 # Coverage is measured once, on the interpreter that nox itself runs on.
 MEASURED = PYTHONS[min(max(sys.version_info.minor - 11, 0), len(PYTHONS) - 1)]
 
-nox.options.sessions = ["lint", "types", "tests"]
+nox.options.sessions = ["lint", "types", "tests", "soak"]
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.error_on_missing_interpreters = False
@@ -93,6 +93,20 @@ def tests(session: nox.Session) -> None:
     session.run("coverage", "run", "-m", "pytest")
     session.run("coverage", "combine", "--quiet")
     session.run("coverage", "report")
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Load under random faults, two minutes of it; longer: ``-- --minutes 60``, again: ``-- --seed 7``."""
+    _install(session, "test", extras="[cli,demo]")
+    session.run("python", "-m", "tests.soak", *session.posargs)
+
+
+@nox.session
+def model(session: nox.Session) -> None:
+    """The model against caches over failing stores: ``-- --minutes 60``; each round prints its seed."""
+    _install(session, "test", extras="[cli,demo]")
+    session.run("python", "-m", "tests.model_run", *session.posargs)
 
 
 @nox.session

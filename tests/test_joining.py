@@ -370,3 +370,28 @@ async def test_it_is_the_same_under_eager_tasks(world: World) -> None:
         assert source.calls == 2
     finally:
         loop.set_task_factory(None)
+
+
+async def test_who_is_about_to_join_a_load_that_its_last_waiter_leaves_gets_another() -> None:
+    store = FaultyStore(MemoryStore())
+    cache = Cache(store, timeout=PATIENT)
+    started = asyncio.Event()
+
+    async def endless() -> str:
+        started.set()
+        await asyncio.Event().wait()
+        return "never"
+
+    async def quick() -> str:
+        return "another"
+
+    first = asyncio.create_task(cache.get_or_load("a", endless, ttl=60, tags=["t"]))
+    await started.wait()
+    store.hang.clear()  # whoever joins asks first whether the load's tag still stands
+    second = asyncio.create_task(cache.get_or_load("a", quick, ttl=60, tags=["t"]))
+    await turns()
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    store.hang.set()
+    assert await second == "another"
+    await cache.aclose()

@@ -220,8 +220,11 @@ class Loads:
         """
         session = self._engine.session()
         late = flight.begun
-        if late and not flight.cargo.surely_stands() and not await self._still_stands(session, flight):
-            return AGAIN
+        if late and not flight.cargo.surely_stands():
+            stands = await self._still_stands(session, flight)
+            # Who asks is no waiter yet: the last of them may have left meanwhile, and the load have been cancelled.
+            if not stands or flight.detached:
+                return AGAIN
         spare = spare or self._spare_of(flight, plan)
         if spare is None:
             tell_read(None, plan.observers)
