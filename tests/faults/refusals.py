@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.proxy import proxy
-
+from mcp_hub_cache.testing import FaultProxy
 from tests.servers import Server, certificates, free_port, redis_server, valkey_server
 
 PASSWORD = "hunter2"
@@ -289,14 +288,14 @@ async def cluster_without_slots(_: Path) -> AsyncIterator[Scene]:
 async def web_server(_: Path) -> AsyncIterator[Scene]:
     """What answers is no Redis: its replies are another protocol's."""
     with valkey_server() as server:
-        async with proxy(server.port) as between:
+        async with FaultProxy(server.url) as between:
 
-            def edit(to: Callable[[bytes], bytes]) -> None:
-                between.edit = to
+            def begin() -> None:
+                between.edit(lambda _: b"HTTP/1.1 400 Bad Request\r\n\r\n")
                 server.kill_clients()
 
-            yield Scene(
-                {"url": between.url},
-                lambda: edit(lambda data: b"HTTP/1.1 400 Bad Request\r\n\r\n"),
-                lambda: edit(lambda data: data),
-            )
+            def end() -> None:
+                between.heal()
+                server.kill_clients()
+
+            yield Scene({"url": between.url}, begin, end)

@@ -21,6 +21,7 @@ from mcp_hub_cache import Cache, RedisCache, StoreMisconfiguredError, open_cache
 from mcp_hub_cache._exceptions import StoreUnreachableError
 from mcp_hub_cache.stores.file import FileStore
 from mcp_hub_cache.stores.redis import RedisStore
+from tests.backends import poll
 from tests.faults import refusals
 from tests.faults.refusals import Arranged, Scene
 from tests.servers import valkey_server
@@ -171,6 +172,8 @@ async def test_told_apart(name: str, tmp_path: Path, caplog: pytest.LogCaptureFi
                 caplog.clear()
                 falls_back = case.is_outage and cache is not alone
                 await serves_what_it_can(cache, case, stored=cache is not late, falls_back=falls_back)
+                # What has failed once is suspected, and away when probes have failed, too.
+                await poll(lambda: any(case.says in record.getMessage() for record in caplog.records))
                 is_told_in_the_log(caplog.records, case, falls_back=falls_back)
                 await is_told_by_status(cache, "degraded" if falls_back else case.state, case)
             await says_so(strict, case)

@@ -1,4 +1,4 @@
-"""What people see when something is wrong with Redis leads to what to do: the page docs/troubleshooting.md, the command.
+"""What people see when something is wrong with Redis leads to what to do: docs/troubleshooting.md, and the command.
 
 That the texts of the page are those of real servers in these states is proven with ``CASES``, in test_errors.py.
 """
