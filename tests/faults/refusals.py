@@ -74,7 +74,7 @@ async def gone(_: Path) -> AsyncIterator[Scene]:
 async def stopped(_: Path) -> AsyncIterator[Scene]:
     """Connections are taken, and nothing is answered."""
     with valkey_server() as server:
-        yield Scene({"url": server.url, "timeout": 0.4}, server.pause, server.resume)
+        yield Scene({"url": server.url, "timeout": 1.0}, server.pause, server.resume)
 
 
 @asynccontextmanager
