@@ -13,6 +13,7 @@ from typing import Any
 from mcp_hub_cache.testing import FaultProxy
 from tests.servers import Server, certificates, free_port, redis_server, valkey_server
 
+QUICK: dict[str, Any] = {"probe_after": 0.05, "probe_max": 0.2}
 PASSWORD = "hunter2"
 _MANY = 3_000  # keys, loaded at 5 ms each
 
@@ -74,7 +75,8 @@ async def gone(_: Path) -> AsyncIterator[Scene]:
 async def stopped(_: Path) -> AsyncIterator[Scene]:
     """Connections are taken, and nothing is answered."""
     with valkey_server() as server:
-        yield Scene({"url": server.url, "timeout": 1.0}, server.pause, server.resume)
+        options = {"url": server.url, "timeout": 1.0, "failover": QUICK | {"failures": 1}}
+        yield Scene(options, server.pause, server.resume)
 
 
 @asynccontextmanager
@@ -172,7 +174,7 @@ async def ports_change_places(folder: Path, *, asks_for_tls: bool) -> AsyncItera
         settings = {f"redis_{name}": value for name, value in given.items()}
         # A plain port answers a TLS greeting with silence.
         yield Scene(
-            {"url": url, "timeout": 1.0, **given}, lambda: listen(tls, plain), lambda: listen(plain, tls), settings
+            {"url": url, "timeout": 1.5, **given}, lambda: listen(tls, plain), lambda: listen(plain, tls), settings
         )
 
 

@@ -23,10 +23,9 @@ from mcp_hub_cache.stores.file import FileStore
 from mcp_hub_cache.stores.redis import RedisStore
 from tests.backends import poll
 from tests.faults import refusals
-from tests.faults.refusals import Arranged, Scene
+from tests.faults.refusals import QUICK, Arranged, Scene
 from tests.servers import valkey_server
 
-_QUICK: dict[str, Any] = {"probe_after": 0.05, "probe_max": 0.2}
 _PREFIX = b"mcp_hub:"
 _SECONDS = 60  # for a machine that has much else to do
 
@@ -163,8 +162,7 @@ async def test_told_apart(name: str, tmp_path: Path, caplog: pytest.LogCaptureFi
         covered = opened(scene, namespace="covered", fallback=FileStore(tmp_path / "standby"))
         strict = opened(scene, namespace="strict", on_misconfigured="raise")
         for cache in (alone, covered, strict):
-            await cache.set("old", "old")
-            assert await cache.get("old") == "old"
+            await stores(cache)
         await asyncio.to_thread(scene.breaks)
         try:
             late = by_settings(scene, tmp_path)
@@ -187,7 +185,7 @@ async def test_told_apart(name: str, tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def opened(scene: Scene, **options: Any) -> RedisCache:
-    return RedisCache(**{"timeout": 10.0, "l1_max_entries": 0, "failover": _QUICK, **scene.options, **options})
+    return RedisCache(**{"timeout": 10.0, "l1_max_entries": 0, "failover": QUICK, **scene.options, **options})
 
 
 def by_settings(scene: Scene, folder: Path) -> Cache:
@@ -197,9 +195,17 @@ def by_settings(scene: Scene, folder: Path) -> Cache:
         cache_dir=folder / "late",
         cache_timeout=scene.options.get("timeout", 10.0),
         redis_url=scene.options["url"],
-        **{f"cache_{option}": seconds for option, seconds in _QUICK.items()},
+        **{f"cache_{option}": seconds for option, seconds in QUICK.items()},
         **scene.settings,
     )
+
+
+async def stores(cache: Cache) -> None:
+    """All is well, also where the machine is so busy that a deadline is missed."""
+    await mends_itself(cache)
+    async with asyncio.timeout(_SECONDS):
+        while await cache.get("old") is None:
+            await cache.set("old", "old")
 
 
 async def serves_what_it_can(cache: Cache, case: Case, *, stored: bool, falls_back: bool) -> None:
