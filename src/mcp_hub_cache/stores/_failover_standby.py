@@ -5,6 +5,7 @@ Rules:
   was killed, or by a neighbour that shares the folder, and have been deleted in the primary since. An entry is told by
   its ``created``, on this store's clock, against the moment of the first failure. So nothing has to be cleared before
   it may serve.
+- So does what stood under a key that could not be changed there, or nobody knows whether it was.
 - Nothing lives in it for longer than its ttl: what other processes delete is not known here.
 - A frame may have been made by another clock, the primary's. One that looks older than the outage, or newer than now,
   is taken for made now.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing, suppress
 from typing import Final
 
@@ -23,6 +24,7 @@ from .._frame import HEAD_SIZE, FrameError, peek, retimed
 from .._protocols import Begun, Held, Leases, Outcome, Patch, Retimed, Store, Used, Write
 
 _PATIENCE: Final = 10.0  # seconds
+_MOST_FAILED: Final = 10_000  # keys, remembered one by one
 
 
 class Standby:
@@ -40,36 +42,56 @@ class Standby:
         self.store = store
         self._ttl = ttl
         self._since = math.inf
+        self._failed: dict[bytes, float] = {}  # keys that could not be changed, and when
         self._retiming = retiming
 
     def begin_outage(self) -> None:
         """Believe what is written from now on."""
         self._since = self.store.now()
+        self._failed.clear()
 
-    def _is_leftover(self, frame: bytes | None) -> bool:
+    def _is_leftover(self, key: bytes, frame: bytes | None) -> bool:
         head = None if frame is None else peek(frame)
-        return head is not None and head.created < self._since
+        return head is not None and head.created < self._failed.get(key, self._since)
 
-    def _mine(self, frames: Sequence[bytes | None]) -> list[bytes | None]:
-        return [None if self._is_leftover(frame) else frame for frame in frames]
+    def _mine(self, keys: Sequence[bytes], frames: Sequence[bytes | None]) -> list[bytes | None]:
+        return [None if self._is_leftover(key, frame) else frame for key, frame in zip(keys, frames, strict=True)]
+
+    def _distrust(self, keys: Iterable[bytes]) -> None:
+        now = self.store.now()
+        self._failed |= dict.fromkeys(keys, now)
+        if len(self._failed) > _MOST_FAILED:
+            self.begin_outage()
 
     async def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """See ``Store``; so for all that follow."""
-        return self._mine(await self.store.get_many(keys))
+        return self._mine(keys, await self.store.get_many(keys))
 
     async def head_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """See ``Store``."""
-        return self._mine(await self.store.head_many(keys))
+        return self._mine(keys, await self.store.head_many(keys))
 
     async def delete_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """See ``Store``."""
-        return self._mine(await self.store.delete_many(keys))
+        try:
+            return self._mine(keys, await self.store.delete_many(keys))
+        except BaseException:
+            self._distrust(keys)
+            raise
+
+    async def clear(self, prefix: bytes) -> int:
+        """See ``Store``."""
+        try:
+            return await self.store.clear(prefix)
+        except BaseException:
+            self.begin_outage()
+            raise
 
     async def begin_many(self, keys: Sequence[bytes], *, hold: float) -> list[Begun]:
         """See ``Store``. A leftover in the way is removed first."""
         hold = self._hold(hold)
         begun = list(await self.store.begin_many(keys, hold=hold))
-        places = [at for at, one in enumerate(begun) if self._is_leftover(one.frame)]
+        places = [at for at, one in enumerate(begun) if self._is_leftover(keys[at], one.frame)]
         if places:
             await self.store.delete_many([keys[at] for at in places])
             again = await self.store.begin_many([keys[at] for at in places], hold=hold)
@@ -80,12 +102,21 @@ class Standby:
     async def write_many(self, writes: Sequence[Write]) -> list[Outcome]:
         """See ``Store``."""
         now = self.store.now()
-        return await self.store.write_many(
-            [
-                write._replace(frame=self._cut(write.key, write.frame, now, self._since), keep=self._keep(write.keep))
-                for write in writes
-            ]
+        cut = [
+            write._replace(frame=self._cut(write.key, write.frame, now, self._since), keep=self._keep(write.keep))
+            for write in writes
+        ]
+        try:
+            outcomes = await self.store.write_many(cut)
+        except BaseException:
+            self._distrust(write.key for write in writes if write.fence is None)
+            raise
+        self._distrust(
+            write.key
+            for write, outcome in zip(writes, outcomes, strict=True)
+            if write.fence is None and isinstance(outcome, StoreError)
         )
+        return outcomes
 
     async def patch_many(self, patches: Sequence[Patch]) -> list[Outcome]:
         """See ``Store``."""
@@ -125,7 +156,7 @@ class Standby:
         """See ``Store``."""
         async with aclosing(self.store.scan(prefix)) as pages:
             async for page in pages:
-                yield [item for item in page if not self._is_leftover(item[1])]
+                yield [item for item in page if not self._is_leftover(*item)]
 
     async def renew_many(self, held: Sequence[Held], *, hold: float) -> list[bool]:
         """See ``Leases``."""

@@ -328,7 +328,7 @@ class FailoverStore:
             self._keeper.note_prefix(prefix)
         try:
             return await self._routes.either(
-                lambda primary: primary.clear(prefix), lambda standby: standby.store.clear(prefix)
+                lambda primary: primary.clear(prefix), lambda standby: standby.clear(prefix)
             )
         finally:
             await self._keeper.save()
