@@ -14,7 +14,7 @@ import random
 import time
 import traceback
 from collections import Counter, defaultdict, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -73,6 +73,7 @@ class Op:
     cancelled: bool = False
     start: float = field(default_factory=time.monotonic)
     asked: float = 0.0
+    faults: Sequence[str] = ()  # that went on when it began
 
     def __post_init__(self) -> None:
         self.asked = self.place.now()
@@ -402,10 +403,13 @@ class Load:
         await self._change(Op("clear", place, [], pages=KEYS), view.clear(), [cleared])
 
     async def _change(self, op: Op, work: Awaitable[Any], names: list[Any]) -> None:
+        op.faults = self._faults.names()
         answer = await self._ask(op, work)
         if op.kind == "invalidate" and answer is False:
             self.counts[f"{op.place.name} invalidate not noted"] += 1
             return
+        if op.kind == "clear" and "garbled" in (*op.faults, *self._faults.names()):
+            return  # a page of keys has no checksum: it may have been told to delete another
         for name in names:
             self.ledger.changed(name, op.start, time.monotonic())
 

@@ -124,10 +124,15 @@ class Run:
     async def _start(self, at: int) -> None:
         self._numbers[at] += 1
         name = f"{at}.{self._numbers[at]}"
-        worker = Process(name, self._options, self._folder / f"{name}.log", self._heard)
+        options = self._options | {"faults": list(self._active.elements())}
+        worker = Process(name, options, self._folder / f"{name}.log", self._heard)
         await worker.start()
-        for fault in self._active.elements():
+        # What began or ended while it started, it has not been told.
+        now = Counter(self._active)
+        for fault in (now - Counter(options["faults"])).elements():
             await worker.ask("begin", fault)
+        for fault in (Counter(options["faults"]) - now).elements():
+            await worker.ask("end", fault)
         self._workers.append(worker)
 
     async def _replace(self, worker: Process) -> None:

@@ -13,6 +13,7 @@ import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from mcp_hub_cache import Cache, RedisCache
@@ -31,9 +32,20 @@ def say(**what: Any) -> None:
 
 class Worker:
     def __init__(
-        self, *, process: str, url: str, folder: str, standby: str, seed: int, late: float, agents: int
+        self,
+        *,
+        process: str,
+        url: str,
+        folder: str,
+        standby: str,
+        seed: int,
+        late: float,
+        agents: int,
+        faults: Sequence[str] = (),
     ) -> None:
         self.faults = Faults()
+        for fault in faults:
+            self.faults.begin(fault)
         self.heartbeat = Heartbeat()
         self.ears = Ears(self.faults, self.violation)
         self.offset = 0.0
