@@ -184,11 +184,11 @@ class Loads:
             self._refreshed(flight, plan)
             return
         session.behind += 1
-        flight.task.add_done_callback(lambda task: self._landed_behind(session, flight, plan, task))
+        flight.task.add_done_callback(lambda _: self._landed_behind(session, flight, plan))
 
-    def _landed_behind(self, session: Session, flight: Flight, plan: Plan, task: asyncio.Task[None]) -> None:
+    def _landed_behind(self, session: Session, flight: Flight, plan: Plan) -> None:
         session.behind -= 1
-        if not task.cancelled():  # the cache was closed, or its loop ends: nothing has failed
+        if type(flight.error) is not CacheError:  # which says that the cache was closed: nothing has failed
             self._refreshed(flight, plan)
 
     def _refreshed(self, flight: Flight, plan: Plan) -> None:
