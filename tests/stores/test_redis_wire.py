@@ -115,6 +115,23 @@ async def test_a_reply_in_pieces(script: Script) -> None:
         assert await future == b"he\r\nl"
 
 
+async def test_a_server_that_hangs_up_while_its_connection_changes_hands(script: Script) -> None:
+    class HangsUp(Fixed):
+        async def open(self, timeout: float) -> asyncio.StreamWriter:
+            writer = await super().open(timeout)
+            script.accepting = False
+            script.writers[-1].write_eof()  # what is still written to it, nobody objects to
+            while not writer._reader.at_eof():  # type: ignore[attr-defined]  # what has been heard, and by whom
+                await asyncio.sleep(0)
+            return writer
+
+    wire = Wire(asyncio.get_running_loop(), HangsUp(Address(path=script.path)), 30.0, Clock())
+    async with asyncio.timeout(10):
+        with pytest.raises(errors.StoreUnreachableError, match="closed the connection"):
+            await wire.send(GET, 1, first)
+    await wire.aclose()
+
+
 @pytest.mark.parametrize("when", ["connecting", "sent", "half answered"])
 async def test_a_cancelled_request_keeps_its_place(script: Script, when: str) -> None:
     async with opened(script) as wire:

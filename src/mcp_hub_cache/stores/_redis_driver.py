@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Coroutine, Sequence
-from typing import Any
+from typing import Any, cast
 
 from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
@@ -67,6 +67,18 @@ async def open_connection(address: Address, timeout: float, *, primary: bool = F
     assert writer is not None
     connection._writer = None  # noqa: SLF001  # or it warns, when it is collected, that nobody closed it
     return writer
+
+
+def hand_over(writer: asyncio.StreamWriter, protocol: asyncio.BaseProtocol) -> None:
+    """Let *protocol* have what comes over a connection from now on.
+
+    A server that has hung up in the very step before was heard by asyncio's stream alone, which keeps quiet about it
+    and stops reading: requests would wait for their deadline. Reading begun anew meets the end once more.
+    """
+    transport = cast("asyncio.Transport", writer.transport)
+    transport.set_protocol(protocol)
+    transport.pause_reading()
+    transport.resume_reading()
 
 
 async def ask(address: Address, timeout: float, *commands: tuple[str, ...]) -> list[Any]:
