@@ -115,6 +115,44 @@ async def test_a_reply_in_pieces(script: Script) -> None:
         assert await future == b"he\r\nl"
 
 
+async def test_a_server_that_hangs_up_while_its_connection_changes_hands(script: Script) -> None:
+    class HangsUp(Fixed):
+        async def open(self, timeout: float) -> asyncio.StreamWriter:
+            writer = await super().open(timeout)
+            script.accepting = False
+            script.writers[-1].write_eof()  # what is still written to it, nobody objects to
+            while not writer._reader.at_eof():  # type: ignore[attr-defined]  # what has been heard, and by whom
+                await asyncio.sleep(0)
+            return writer
+
+    wire = Wire(asyncio.get_running_loop(), HangsUp(Address(path=script.path)), 30.0, Clock())
+    async with asyncio.timeout(10):
+        with pytest.raises(errors.StoreUnreachableError, match="closed the connection"):
+            await wire.send(GET, 1, first)
+    await wire.aclose()
+
+
+async def test_a_connection_cut_off_while_it_opens_is_not_looked_into_for_long() -> None:
+    """A plain server may wait for the end of the hello of TLS, by which it is asked whether it speaks that."""
+    accepted = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal accepted
+        accepted += 1
+        if accepted > 1:
+            await reader.read()  # to its end, and without a word
+        writer.transport.abort()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        address = Address(host="127.0.0.1", port=server.sockets[0].getsockname()[1])
+        wire = Wire(asyncio.get_running_loop(), address, 40.0, Clock())
+        async with asyncio.timeout(20):
+            with pytest.raises(errors.StoreUnreachableError):
+                await wire.send(GET, 1, first)
+        assert accepted == 3
+        await wire.aclose()
+
+
 @pytest.mark.parametrize("when", ["connecting", "sent", "half answered"])
 async def test_a_cancelled_request_keeps_its_place(script: Script, when: str) -> None:
     async with opened(script) as wire:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Coroutine, Sequence
-from typing import Any
+from typing import Any, Final, cast
 
 from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
@@ -30,6 +30,8 @@ from redis.maint_notifications import MaintNotificationsConfig
 from .._exceptions import StoreError, StoreUnreachableError
 from ._redis_address import Address
 from ._redis_errors import no_primary, not_redis, speaks_plain, speaks_tls, store_error
+
+_LOOK: Final = 0.5  # seconds at most for each question why a server cut a connection off: callers wait meanwhile
 
 
 async def open_connection(address: Address, timeout: float, *, primary: bool = False) -> asyncio.StreamWriter:
@@ -56,7 +58,7 @@ async def open_connection(address: Address, timeout: float, *, primary: bool = F
             raise
         failed = store_error(error, address.where)
         if failed is not error and isinstance(failed, StoreUnreachableError) and _was_there(error):
-            failed = await _explanation(address, timeout / 4) or failed
+            failed = await _explanation(address, min(timeout / 4, _LOOK)) or failed
         raise failed from None
     if leftover:
         await connection.disconnect(nowait=True)
@@ -67,6 +69,18 @@ async def open_connection(address: Address, timeout: float, *, primary: bool = F
     assert writer is not None
     connection._writer = None  # noqa: SLF001  # or it warns, when it is collected, that nobody closed it
     return writer
+
+
+def hand_over(writer: asyncio.StreamWriter, protocol: asyncio.BaseProtocol) -> None:
+    """Let *protocol* have what comes over a connection from now on.
+
+    A server that has hung up in the very step before was heard by asyncio's stream alone, which keeps quiet about it
+    and stops reading: requests would wait for their deadline. Reading begun anew meets the end once more.
+    """
+    transport = cast("asyncio.Transport", writer.transport)
+    transport.set_protocol(protocol)
+    transport.pause_reading()
+    transport.resume_reading()
 
 
 async def ask(address: Address, timeout: float, *commands: tuple[str, ...]) -> list[Any]:
@@ -173,7 +187,12 @@ async def _explanation(address: Address, seconds: float) -> StoreError | None:
         return store_error(error, address.where)
     except (OSError, TimeoutError, ValueError):
         pass
-    return speaks_tls(address.where) if address.tls is None and await _answers_tls(address) else None
+    try:
+        # A plain server takes the hello of TLS for a command and may wait for its end, too.
+        async with asyncio.timeout(seconds):
+            return speaks_tls(address.where) if address.tls is None and await _answers_tls(address) else None
+    except TimeoutError:
+        return None
 
 
 async def _greeting(address: Address, seconds: float) -> str | None:

@@ -14,6 +14,7 @@ import asyncio
 from typing import Any, Final, Protocol
 
 from .._exceptions import StoreError, StorePermissionError
+from ._redis_driver import hand_over
 from ._redis_errors import lost, not_redis, store_error
 from ._redis_places import Place
 from ._redis_wire import NOTHING, ReplyError, pack, parser
@@ -60,13 +61,13 @@ class News(asyncio.Protocol):
         # Kept because a StreamWriter closes its transport when it is finalised.
         self._writer = writer
         self._transport: asyncio.WriteTransport = writer.transport
-        self._transport.set_protocol(self)
         self.closed: asyncio.Future[None] = loop.create_future()
         self._begun = False
         self._asked: asyncio.Future[list[Any]] | None = None
         self._count = 0
         self._answers: list[Any] = []
         self._parser = parser()
+        hand_over(writer, self)
 
     async def subscribe(self, prefix: bytes) -> None:
         """Have the server tell what changes under *prefix*. Returns when it has confirmed all of it.

@@ -30,6 +30,7 @@ from .._answer import Answer
 from .._exceptions import StoreError
 from ._redis_address import Address
 from ._redis_clock import Clock, steady
+from ._redis_driver import hand_over
 from ._redis_errors import lost, not_redis, store_error, timed_out, unreachable
 from ._redis_outlet import Outlet
 from ._redis_places import IDENTIFY, Fixed, Place
@@ -234,7 +235,7 @@ class Wire:
     async def _connect(self) -> _Link:
         writer = await self._place.open(self._timeout)
         link = _Link(self, self._loop, writer)
-        writer.transport.set_protocol(link)
+        hand_over(writer, link)
         return link
 
     def _opened(self, task: asyncio.Task[_Link]) -> None:
