@@ -84,10 +84,13 @@ def types(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
-    """Pytest, with coverage on one interpreter. Arguments after ``--`` go to pytest, and then nothing is measured."""
+    """Pytest: all of it, with coverage, on one interpreter; on others without what is marked as long.
+
+    Arguments after ``--`` go to pytest, and then nothing is left out, or measured.
+    """
     _install(session, "test", extras="[cli,demo]")
     if session.posargs or session.python != MEASURED:
-        session.run("pytest", *session.posargs)
+        session.run("pytest", *(session.posargs or ("-m", "not long")))
         return
     session.run("coverage", "erase")
     session.run("coverage", "run", "-m", "pytest")

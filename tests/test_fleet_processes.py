@@ -25,6 +25,8 @@ from mcp_hub_cache._placeholders import HOLD
 from tests.backends import PATIENT, poll
 from tests.servers import Server, valkey_server
 
+pytestmark = pytest.mark.long  # hardly hangs on the interpreter
+
 ROOT = Path(__file__).parents[1]
 SHORT = 1.5  # seconds that a placeholder outlives its holder, where a test waits for that
 LONG = 30.0  # where none may run out

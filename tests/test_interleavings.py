@@ -30,6 +30,8 @@ from tests.backends import NAMES, PATIENT
 from tests.servers import Server, valkey_server
 from tests.steps import CoherentSteps, Conductor, Steps
 
+pytestmark = pytest.mark.long  # hardly hangs on the interpreter
+
 _numbers = itertools.count()
 
 Actors = dict[str, Callable[[], Coroutine[Any, Any, Any]]]

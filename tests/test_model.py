@@ -20,6 +20,8 @@ from tests.model import PROCESSES, Answer, Flight, Listed, Model, Order, Unliste
 from tests.servers import Server, valkey_server
 from tests.shifted import Shifted
 
+pytestmark = pytest.mark.long  # hardly hangs on the interpreter
+
 KEYS = ("a", "ab")
 TAGS = ("x", "y")
 

@@ -40,6 +40,8 @@ from tests.ledger import Ledger, Name, Reading, Value, tag_of
 from tests.servers import Server, valkey_server
 from tests.stores.failing import Primary, View
 
+pytestmark = pytest.mark.long  # hardly hangs on the interpreter
+
 KEYS = ("a", "b", "c")
 TAGS = ("x", "y")
 PROCESSES = (0, 1)

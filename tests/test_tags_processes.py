@@ -18,6 +18,8 @@ from mcp_hub_cache._current import current_entry
 from tests.backends import PATIENT, poll
 from tests.servers import Server, valkey_server
 
+pytestmark = pytest.mark.long  # hardly hangs on the interpreter
+
 ROOT = str(Path(__file__).parents[1])
 TURNS = 30
 

@@ -13,6 +13,8 @@ import pytest
 
 from benchmarks.specs import SPECS
 
+pytestmark = pytest.mark.long  # hardly hangs on the interpreter
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -25,6 +25,8 @@ from mcp_hub_cache.cli._demo_report import Report
 from mcp_hub_cache.cli._demo_repository import MOST, NoHistoryError, look_at, make
 from tests.servers import valkey_server
 
+pytestmark = pytest.mark.long  # hardly hangs on the interpreter
+
 DEMO = [sys.executable, "-m", "mcp_hub_cache", "demo"]
 FEW = ["--agents", "8", "--questions", "6"]
 

@@ -26,6 +26,8 @@ from tests.faults import refusals
 from tests.faults.refusals import QUICK, Arranged, Scene
 from tests.servers import valkey_server
 
+pytestmark = pytest.mark.long  # hardly hangs on the interpreter
+
 _PREFIX = b"mcp_hub:"
 _SECONDS = 60  # for a machine that has much else to do
 

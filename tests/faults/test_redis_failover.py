@@ -21,6 +21,8 @@ from mcp_hub_cache.testing import entry_frame
 from tests.backends import poll
 from tests.clusters import Cluster, Watched, cluster, followed, wait_until, watched
 
+pytestmark = pytest.mark.long  # hardly hangs on the interpreter
+
 SECONDS = 45.0  # to recover in, on a busy machine
 
 

@@ -36,6 +36,8 @@ from mcp_hub_cache.testing import FakeClock, FaultyStore
 from tests.backends import NAMES, PATIENT, Backend, poll, store_raw, stored
 from tests.servers import Server, certificates, free_port, redis_server, valkey_server
 
+pytestmark = pytest.mark.long  # hardly hangs on the interpreter
+
 ARGUMENT = "marked4argument"
 VALUE = "marked4value"
 KEY = "marked4key"

@@ -15,6 +15,8 @@ from tests.cli.test_command import Command
 from tests.faults.test_errors import CASES
 from tests.servers import certificates, free_port, redis_server, valkey_server
 
+pytestmark = pytest.mark.long  # hardly hangs on the interpreter
+
 PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 ROW = re.compile(r"^\| (`.+?) \| (.+?) \| (.+?) \|$", re.MULTILINE)
 ROWS = ROW.findall(PAGE.read_text(encoding="utf-8"))

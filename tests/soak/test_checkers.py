@@ -20,6 +20,8 @@ from tests.soak.load import Load, Place
 from tests.soak.report import lines
 from tests.soak.watch import Ears, Faults, Heartbeat
 
+pytestmark = pytest.mark.long  # hardly hangs on the interpreter
+
 A, B = Name("redis", "s", "", "a"), Name("redis", "s", "", "b")
 
 

@@ -20,6 +20,8 @@ from tests.backends import PATIENT, poll
 from tests.clusters import Cluster, cluster
 from tests.servers import certificates, redis_server
 
+pytestmark = pytest.mark.long  # hardly hangs on the interpreter
+
 KEYS = [b"mcp_hub:ns:e:%d" % number for number in range(60)]
 
 

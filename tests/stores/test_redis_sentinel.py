@@ -15,6 +15,8 @@ from tests.backends import poll
 from tests.clusters import SERVICE, Watched, watched
 from tests.servers import free_port, valkey_server
 
+pytestmark = pytest.mark.long  # hardly hangs on the interpreter
+
 SECRET = "s3cr3t"
 
 
