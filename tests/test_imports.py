@@ -33,7 +33,7 @@ LAYERS = [
     {"_engine"},
     {"_use"},
     {"_keys", "_leases", "_marks", "_near", "_rules", "_settings", "stores"},
-    {"_policy"},
+    {"_policy", "_settings_values"},
     {"_failures"},
     {"_codec"},
     {"_revive"},

@@ -11,7 +11,6 @@ This is the only module that imports pydantic, which takes long: import it when 
 from __future__ import annotations
 
 import io
-import math
 import os
 import re
 from pathlib import Path
@@ -30,93 +29,23 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from ._durations import seconds
 from ._exceptions import SettingsError
 from ._form import HOW_TO_MAKE_ONE, SHORTEST_SECRET
+from ._settings_values import HOSTS, SECRET, finite, held, lower, redacted, size, ttl, url
 
 __all__ = ["Settings", "load_settings"]
 
-_SECRET: Final = frozenset(
-    {"cache_secret_key", "cache_secret_key_previous", "redis_password", "redis_sentinel_password"}
-)
-_SCHEMES: Final = ("redis", "rediss", "unix", "sentinel", "sentinels")
 _TLS: Final = ("rediss", "sentinels")
-# One or several, with or without a port; an IPv6 address in brackets.
-_HOSTS: Final = re.compile(r"(?:(?:\[[0-9A-Fa-f:.]+\]|[^\s,:/@?#\[\]]+)(?::\d{1,5})?(?:\s*,\s*|$))+")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?", re.ASCII | re.IGNORECASE)
 _NAMESPACE = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 _PREFIX = re.compile(r"[A-Za-z0-9_.:/@{}-]{1,64}", re.ASCII)
 # Kubernetes gives every pod REDIS_PORT=tcp://10.0.0.1:6379 where a Service is called redis.
 _SERVICE_LINK = re.compile(r"tcp://[^/]+:\d+")
 # "KEY=  # comment": python-dotenv before 1.2.3 takes the comment for the value.
 _ONLY_COMMENT = re.compile(r"^([^\S\n]*(?:export[^\S\n]+)?[A-Za-z_][A-Za-z0-9_]*[^\S\n]*=)[^\S\n]+#.*$", re.MULTILINE)
-_NO_DATABASE = re.compile(r"^((?:redis|rediss)://[^/?#]*/)(?=[^?#]*[^\d?#])[^?#]*")
-_NO_OPTION = re.compile(r"([?&])(?![a-z_]*(?:[=&#]|$))[^&#]*")
-_QUERY_SECRET = re.compile(r"(?i)((?:password|secret|token)[^=&]*=)[^&#]*")
 
 
-def _lower(value: object) -> object:
-    return value.lower() if isinstance(value, str) else value
-
-
-def _duration(value: object) -> float:
-    """Seconds from a number, numeric text, or text with units."""
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            pass
-        else:
-            if math.isinf(value):
-                raise ValueError("infinite")
-    return seconds(value)
-
-
-def _ttl(value: object) -> float:
-    return math.inf if _lower(value) == "forever" or value == math.inf else _duration(value)
-
-
-def _finite(value: object) -> float:
-    result = _duration(value)
-    if math.isinf(result):
-        raise ValueError("infinite")
-    return result
-
-
-def _size(value: object) -> int:
-    """Bytes from an int or text: KB, MB, GB and TB are powers of 1,000; KiB, MiB, GiB and TiB of 1,024."""
-    if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
-        number, unit, binary = match.groups()
-        return int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(unit.upper()) if unit else 0))
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    raise ValueError("no size")
-
-
-def _url(value: object) -> object:
-    text = value.get_secret_value() if isinstance(value, SecretStr) else value
-    if text is None:
-        return None
-    if not isinstance(text, str):
-        raise ValueError("no text")  # noqa: TRY004 (pydantic turns ValueErrors alone into its own)
-    parts = urlsplit(text)
-    hosts = parts.netloc.rpartition("@")[2]
-    if parts.scheme.startswith("sentinel") or "," in hosts:
-        path = r"(/[^/@]*(/\d*)?)?" if parts.scheme.startswith("sentinel") else r"/?\d*"
-        if parts.scheme not in _SCHEMES or not _HOSTS.fullmatch(hosts) or not re.fullmatch(path, parts.path):
-            raise ValueError("no list of hosts")
-        return value
-    if parts.scheme not in _SCHEMES or not (parts.path if parts.scheme == "unix" else parts.hostname):
-        raise ValueError("no URL of a server")
-    if parts.scheme != "unix" and not re.fullmatch(r"/?\d*", parts.path):
-        raise ValueError("no database")  # most often a password with a / that is not percent-encoded
-    if parts.port == 0:  # reading it checks that it is a number
-        raise ValueError("no port")
-    return value
-
-
-_Duration = Annotated[float, BeforeValidator(_finite)]
-_Size = Annotated[int, BeforeValidator(_size)]
+_Duration = Annotated[float, BeforeValidator(finite)]
+_Size = Annotated[int, BeforeValidator(size)]
 _SECRET_TAKES: Final = f"at least {SHORTEST_SECRET} characters of random text; make one with {HOW_TO_MAKE_ONE}"
 _SIZE_TAKES: Final = 'a size in bytes: a whole number, or text such as "512MB" or "1GiB"'
 
@@ -128,12 +57,12 @@ class Settings(BaseSettings):
     """
 
     # Declared first: other fields' checks look at it.
-    cache_backend: Annotated[Literal["file", "redis", "memory"], BeforeValidator(_lower)] = Field(
+    cache_backend: Annotated[Literal["file", "redis", "memory"], BeforeValidator(lower)] = Field(
         "file", description="file, redis or memory"
     )
 
     cache_dir: Path = Field(Path("cache"), description="the path of a folder")
-    cache_default_ttl: Annotated[float, BeforeValidator(_ttl)] = Field(
+    cache_default_ttl: Annotated[float, BeforeValidator(ttl)] = Field(
         3600.0, description='seconds, more than 0; text with a unit such as "10m"; or "forever"'
     )
     cache_key_prefix: str = Field(
@@ -146,15 +75,15 @@ class Settings(BaseSettings):
     )
     cache_l1_max_entries: int = Field(1024, ge=0, description="a whole number; 0 turns the near cache off")
     cache_l1_max_bytes: _Size = Field(64 * 1024**2, description=f"{_SIZE_TAKES}; 0 turns the near cache off")
-    cache_fallback: Annotated[Literal["file", "memory", "none"], BeforeValidator(_lower)] = Field(
+    cache_fallback: Annotated[Literal["file", "memory", "none"], BeforeValidator(lower)] = Field(
         "file", description="file, memory or none: what serves while Redis is away"
     )
-    cache_on_misconfigured: Annotated[Literal["serve", "raise"], BeforeValidator(_lower)] = Field(
+    cache_on_misconfigured: Annotated[Literal["serve", "raise"], BeforeValidator(lower)] = Field(
         "serve",
         description="serve (loads go on uncached) or raise (calls raise an error): what to do while the server or the "
         "folder refuses us, and a person must put that right",
     )
-    cache_coalesce: Annotated[Literal["process", "fleet"], BeforeValidator(_lower)] = Field(
+    cache_coalesce: Annotated[Literal["process", "fleet"], BeforeValidator(lower)] = Field(
         "process",
         description="process (one load per key in each process) or fleet (one in all that share the store)",
     )
@@ -171,7 +100,7 @@ class Settings(BaseSettings):
         ge=1,
         description="a whole number, 1 or more: round trips in a row that fail or are slow, and open the breaker",
     )
-    cache_slow_after: Annotated[float, BeforeValidator(_ttl)] | None = Field(
+    cache_slow_after: Annotated[float, BeforeValidator(ttl)] | None = Field(
         None,
         description='seconds, more than 0, from which on a round trip counts as slow; text such as "100ms"; "forever" '
         "for none; half of CACHE_TIMEOUT where it is not set",
@@ -180,7 +109,7 @@ class Settings(BaseSettings):
     cache_probe_max: _Duration = Field(
         15.0, description="seconds between probes at most, no less than CACHE_PROBE_AFTER"
     )
-    cache_standby_ttl: Annotated[float, BeforeValidator(_ttl)] = Field(
+    cache_standby_ttl: Annotated[float, BeforeValidator(ttl)] = Field(
         60.0, description='seconds, more than 0, or "forever": for which the fallback keeps anything at most'
     )
     cache_max_journal: int = Field(
@@ -192,7 +121,7 @@ class Settings(BaseSettings):
         None, min_length=SHORTEST_SECRET, description=f"what CACHE_SECRET_KEY held before: {_SECRET_TAKES}"
     )
 
-    redis_url: Annotated[SecretStr | None, BeforeValidator(_url)] = Field(
+    redis_url: Annotated[SecretStr | None, BeforeValidator(url)] = Field(
         None,
         description="redis://[[user]:password@]host[:port][/db], rediss:// for the same with TLS, unix:///a/socket, or "
         "sentinel://[user:password@]host:port,host:port/service[/db] (sentinels:// with TLS); "
@@ -236,7 +165,7 @@ class Settings(BaseSettings):
     @classmethod
     def _empty_is_unset(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, str):
-            value = value.strip() if info.field_name not in _SECRET else value
+            value = value.strip() if info.field_name not in SECRET else value
             if not value:
                 assert info.field_name is not None
                 return cls.model_fields[info.field_name].default
@@ -282,7 +211,7 @@ class Settings(BaseSettings):
     @field_validator("redis_sentinels")
     @classmethod
     def _list_of_hosts(cls, value: str | None) -> str | None:
-        if value is not None and not _HOSTS.fullmatch(value):
+        if value is not None and not HOSTS.fullmatch(value):
             raise ValueError("no list of hosts")
         return value
 
@@ -290,13 +219,13 @@ class Settings(BaseSettings):
     def _agree(self) -> Settings:
         if self.redis_ssl and self.redis_url is not None and not self.tls:
             raise ValueError(
-                f"REDIS_SSL held true, but REDIS_URL held {_held('redis_url', self.redis_url)}, which has no TLS; "
+                f"REDIS_SSL held true, but REDIS_URL held {held('redis_url', self.redis_url)}, which has no TLS; "
                 "REDIS_SSL=true takes a URL that starts with rediss://"
             )
         self._agree_on_sentinels()
         if not self.redis_cluster and self._url_hosts.count(",") and not self._is_sentinel_url:
             raise ValueError(
-                f"REDIS_URL held {_held('redis_url', self.redis_url)}, which names several hosts; for a cluster's "
+                f"REDIS_URL held {held('redis_url', self.redis_url)}, which names several hosts; for a cluster's "
                 "nodes set REDIS_CLUSTER=true, for sentinels use sentinel://host:port,host:port/service"
             )
         if self.redis_cluster and (number := self.redis_db or self._url_database):
@@ -319,7 +248,7 @@ class Settings(BaseSettings):
                 path: Path | None = getattr(self, field)
                 if path is not None and not path.is_file():
                     takes = Settings.model_fields[field].description
-                    raise ValueError(f"{field.upper()} held {_held(field, path)}, where no file is; it takes {takes}")
+                    raise ValueError(f"{field.upper()} held {held(field, path)}, where no file is; it takes {takes}")
         if self.redis_client_key is not None and self.redis_client_cert is None:
             raise ValueError("REDIS_CLIENT_KEY is set and REDIS_CLIENT_CERT is not: a key is of a certificate")
         return self
@@ -369,7 +298,7 @@ class Settings(BaseSettings):
     def server(self) -> str:
         """Where Redis is, without any secret: for logs and status."""
         if self.redis_url is not None:
-            return _redacted(self.redis_url.get_secret_value())
+            return redacted(self.redis_url.get_secret_value())
         if self.redis_sentinels is not None:
             service = self.redis_sentinel_service or "mymaster"
             return f"sentinel{'s' if self.redis_ssl else ''}://{self.redis_sentinels}/{service}/{self.redis_db}"
@@ -423,34 +352,10 @@ def _told(details: Any) -> str:
         return str(details["ctx"]["error"])
     field = str(details["loc"][0])
     takes = Settings.model_fields[field].description
-    held = _held(field, details["input"])
     hint = ""
     if field == "redis_port" and _SERVICE_LINK.fullmatch(str(details["input"])):
         hint = (
             " (Kubernetes sets it so where a Service is called redis: name the Service otherwise, set REDIS_PORT in "
             "the pod, or set enableServiceLinks: false)"
         )
-    return f"{field.upper()} held {held}; it takes {takes}{hint}"
-
-
-def _held(field: str, value: object) -> str:
-    if field in _SECRET:
-        return "***"
-    if isinstance(value, SecretStr):
-        value = value.get_secret_value()
-    text = str(value)
-    if field == "redis_url" and "://" not in text:
-        return "***"  # it may be a password put into the wrong variable
-    text = _redacted(text)
-    return repr(text if len(text) <= 80 else text[:79] + "…")
-
-
-def _redacted(text: str) -> str:
-    """Return *text* with what stands before a URL's last @, and secrets in its query, replaced."""
-    before, at, behind = text.rpartition("@")
-    if at:
-        scheme, slashes, _ = before.partition("://")
-        text = f"{scheme}://***@{behind}" if slashes else f"***@{behind}"
-    # What stands where a database or an option should may be a piece of the password, too.
-    text = _NO_DATABASE.sub(r"\1***", text)
-    return _NO_OPTION.sub(r"\1***", _QUERY_SECRET.sub(r"\1***", text))
+    return f"{field.upper()} held {held(field, details['input'])}; it takes {takes}{hint}"
