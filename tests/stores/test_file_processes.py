@@ -132,10 +132,13 @@ async def test_killed_writers_never_tear_an_entry(tmp_path: Path) -> None:
 
     reading = asyncio.ensure_future(reader())
     orphans = odd = 0
-    with process(WRITERS, str(tmp_path)) as writers:
-        for _ in range(25):
-            tell(writers, "go")
-            pid = int(await hear(writers))
+    with process(WRITERS, str(tmp_path)) as one, process(WRITERS, str(tmp_path)) as other:
+        pids = {}
+        for round_ in range(25):
+            for writers in (one, other):
+                if writers not in pids:
+                    tell(writers, "go")
+                    pids[writers] = int(await hear(writers))
             before, goal = [store.stamp(key) for key in KEYS], reads + 60
             async with asyncio.timeout(20):
                 # Killed at no particular moment, but not before it has written everything once.
@@ -143,11 +146,15 @@ async def test_killed_writers_never_tear_an_entry(tmp_path: Path) -> None:
                     reads < goal or any(store.stamp(key) == was for key, was in zip(KEYS, before, strict=True))
                 ) and not reading.done():
                     await asyncio.sleep(0.001)
-            os.kill(pid, signal.SIGKILL)
-            assert await hear(writers) == "dead"
+            killed = (one, other)[round_ % 2]  # while the other goes on
+            os.kill(pids.pop(killed), signal.SIGKILL)
+            assert await hear(killed) == "dead"
             orphans += len(list(tmp_path.rglob("*.tmp")))
             odd += sum(store.stamp(key) is None for key in KEYS)
             assert not reading.done(), reading.exception()
+        for writers, pid in pids.items():
+            os.kill(pid, signal.SIGKILL)
+            assert await hear(writers) == "dead"
     stop.set()
     await reading
     assert len(seen) > 1
