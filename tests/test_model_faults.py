@@ -540,7 +540,8 @@ class OverRedis(Failover):
         return time.time()
 
     def stores(self) -> list[Any]:
-        return [RedisStore(self.server_process.url, timeout=PATIENT), FileStore(self.folder)]
+        # Now and then what was sent to a server that is then killed is waited for until its deadline.
+        return [RedisStore(self.server_process.url, timeout=3.0), FileStore(self.folder)]
 
     @rule()
     def empty(self) -> None:
