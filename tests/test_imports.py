@@ -40,7 +40,8 @@ LAYERS = [
     {"_tagged"},
     {"_classes", "_current", "_placeholders"},
     {"_async_cache", "_tags"},
-    {"_direct"},
+    {"_form"},
+    {"_direct", "_seal"},
     {"_bind", "_flight", "_frame", "_l1", "_lifetime", "_lines", "_protocols", "_shapes", "_stats"},
     {"_lane"},
     {
@@ -61,6 +62,7 @@ RANKS = {module: len(LAYERS) - rank for rank, layer in enumerate(LAYERS) for mod
 # Each of these is imported by the modules named, and by no other.
 DRIVERS: dict[str, set[str]] = {
     "aiofiles": {"stores/file"},
+    "cryptography": {"_seal"},
     "dotenv": {"_settings"},
     "hiredis": {"stores/_redis_wire"},
     "mcp": {"cli"},

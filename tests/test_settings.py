@@ -13,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mcp_hub_cache._exceptions import SettingsError
+from mcp_hub_cache._open import open_cache
 from mcp_hub_cache._settings import Settings, load_settings
 
 # The reference document's block, to the letter.
@@ -73,6 +74,7 @@ def test_defaults() -> None:
     assert (found.redis_max_connections, found.cache_timeout, found.cache_fallback) == (50, 0.5, "file")
     assert (found.cache_key_prefix, found.cache_namespace) == ("mcp_hub:", "default")
     assert (found.cache_l1_max_entries, found.cache_l1_max_bytes, found.cache_max_bytes) == (1024, 2**26, 2**30)
+    assert found.cache_durable is False
     assert found.server == "redis://localhost:6379/0"
 
 
@@ -201,12 +203,18 @@ def test_zero_turns_the_near_cache_off(monkeypatch: pytest.MonkeyPatch) -> None:
         ("REDIS_URL", "redis://host:70000", "redis://"),
         ("CACHE_COALESCE", "world", "fleet"),
         ("CACHE_MAX_REFRESHES", "-1", "whole number"),
+        ("REDIS_CLUSTER", "perhaps", "true or false"),
+        ("REDIS_SENTINELS", "one,redis://two", "host:port,host:port"),
+        ("REDIS_SENTINELS", "one:port", "host:port,host:port"),
+        ("REDIS_URL", "sentinel://", "sentinel://"),
+        ("REDIS_URL", "sentinel://one:x/mymaster", "sentinel://"),
+        ("REDIS_URL", "sentinel://one,two/mymaster/first", "sentinel://"),
+        ("REDIS_URL", "redis://one,two/first", "redis://"),
         # Asked for by name, and not there yet.
         ("CACHE_COMPRESS_MIN_BYTES", "1024", "not available"),
         ("CACHE_ON_MISCONFIGURED", "raise", "not available"),
-        ("CACHE_SECRET_KEY", "a" * 32, "not available"),
-        ("REDIS_CLUSTER", "true", "not available"),
-        ("REDIS_SENTINELS", "one:26379", "not available"),
+        ("CACHE_SECRET_KEY", "a" * 31, "at least 32 characters"),
+        ("CACHE_SECRET_KEY_PREVIOUS", "b" * 31, "at least 32 characters"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_it_held_and_what_it_takes(name: str, value: str, takes: str) -> None:
@@ -248,10 +256,63 @@ def test_tls_asked_for_with_a_plain_url_is_an_error(monkeypatch: pytest.MonkeyPa
     assert "hunter2" not in message
 
 
+SENTINEL = {"REDIS_SENTINELS": "one,two:26380"}
+SENTINEL_URL = {"REDIS_URL": "sentinel://:hunter2@one,two/main/2"}
+
+
+@pytest.mark.parametrize(
+    ("said", "names", "cure"),
+    [
+        ({**SENTINEL, "REDIS_URL": "redis://:hunter2@host"}, ["REDIS_SENTINELS", "REDIS_URL"], "leave one"),
+        ({**SENTINEL, "REDIS_CLUSTER": "true"}, ["REDIS_SENTINELS", "REDIS_CLUSTER"], "leave one"),
+        ({**SENTINEL_URL, "REDIS_CLUSTER": "true"}, ["REDIS_URL", "REDIS_CLUSTER"], "leave one"),
+        ({"REDIS_SENTINEL_PASSWORD": "hunter2"}, ["REDIS_SENTINEL_PASSWORD"], "set REDIS_SENTINELS"),
+        ({"REDIS_SENTINEL_SERVICE": "main"}, ["REDIS_SENTINEL_SERVICE"], "set REDIS_SENTINELS"),
+        ({"REDIS_CLUSTER": "true", "REDIS_DB": "1"}, ["REDIS_CLUSTER", "REDIS_DB"], "leave it out"),
+        ({"REDIS_CLUSTER": "true", "REDIS_URL": "redis://one,two/1"}, ["REDIS_CLUSTER", "REDIS_URL"], "leave it out"),
+        ({"REDIS_URL": "redis://:hunter2@one,two"}, ["REDIS_URL"], "REDIS_CLUSTER=true"),
+        ({**SENTINEL_URL, "REDIS_SSL": "true"}, ["REDIS_SSL", "REDIS_URL"], "rediss://"),
+    ],
+)
+def test_combinations_that_make_no_sense(
+    said: dict[str, str], names: list[str], cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = complaint(monkeypatch, **said)
+    assert all(name in message for name in names)
+    assert cure in message
+    assert "hunter2" not in message
+
+
+def test_sentinel_and_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = settings(monkeypatch, CACHE_BACKEND="redis", CACHE_FALLBACK="none", **SENTINEL, REDIS_DB="2")
+    assert found.server == "sentinel://one,two:26380/mymaster/2"
+    target = open_cache(found).store._primary.store._target  # type: ignore[attr-defined]  # behind a breaker
+    assert [node.where for node in target.nodes] == ["one:26379", "two:26380"]
+    assert (target.service, target.address.db) == ("mymaster", 2)
+    monkeypatch.delenv("REDIS_SENTINELS")
+    monkeypatch.delenv("REDIS_DB")
+    by_url = load_settings(redis_url="sentinels://:hunter2@one,two/main/3")
+    assert (by_url.tls, by_url.server) == (True, "sentinels://***@one,two/main/3")
+    clustered = open_cache(redis_url="redis://one:1,two", redis_cluster=True, cache_backend="redis")
+    assert "one:1,two:6379" in clustered.store._primary.store._where  # type: ignore[attr-defined]  # the same
+
+
 def test_ca_certificates_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "REDIS_CA_CERTS" in complaint(monkeypatch, CACHE_BACKEND="redis", REDIS_CA_CERTS="ca.pem")
     (tmp_path / "ca.pem").touch()
     assert load_settings().redis_ca_certs == Path("ca.pem")
+
+
+@pytest.mark.parametrize("name", ["REDIS_CLIENT_CERT", "REDIS_CLIENT_KEY"])
+def test_client_certificates_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    assert f"{name} held 'me.pem'" in complaint(monkeypatch, CACHE_BACKEND="redis", **{name: "me.pem"})
+    (tmp_path / "me.pem").touch()
+    monkeypatch.setenv("REDIS_CLIENT_CERT", "me.pem")
+    assert load_settings().redis_client_cert == Path("me.pem")
+
+
+def test_a_clients_key_without_its_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "REDIS_CLIENT_CERT is not" in complaint(monkeypatch, REDIS_CLIENT_KEY="me.pem")
 
 
 def test_a_port_that_kubernetes_set(monkeypatch: pytest.MonkeyPatch) -> None:

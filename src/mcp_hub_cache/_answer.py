@@ -61,3 +61,14 @@ def when_done(future: asyncio.Future[T], listener: Callable[[asyncio.Future[T]],
         listener(future)
     else:
         future.add_done_callback(listener)
+
+
+def pass_on(future: asyncio.Future[T], done: asyncio.Future[T]) -> None:
+    """Let *future* end as *done* has, unless it has ended itself."""
+    if future.done():
+        return
+    error = done.exception()
+    if error is None:
+        future.set_result(done.result())
+    else:
+        future.set_exception(error)

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, Unpack, overload
 from ._async_cache import AsyncCache, Loader, PolicyOptions, Scope, Seconds
 from ._blake import blake2b
 from ._classes import NOTHING, ClassSet, as_class_set
+from ._codec import Limits
 from ._durations import seconds
 from ._engine import Engine
 from ._flight import Flight
+from ._form import form_of
 from ._keys import KeySpace, argument_bytes, digest, scope_of
 from ._l1 import NOT_SHARED
 from ._load import NO_TAGS, Loads
@@ -58,12 +60,18 @@ class Cache(AsyncCache):
         l1_max_entries: Entries in the near cache; 0: none. It serves only where the store can tell of changes.
         l1_max_bytes: Bytes in the near cache.
         max_key_length: Characters, at most 16,000.
-        max_value_bytes: The largest stored form of a value.
+        max_value_bytes: The largest stored form of a value, written or read.
+        max_value_items: The most items and containers in a value, at all its levels: a few bytes of text each, they
+            take a hundred when read.
         policy: How entries are kept, refreshed and shared where a call does not say; its ttl wins over *default_ttl*.
         coalesce: "process": one load per key in each process. "fleet": one in all processes that share the store. Where
             no policy says.
         max_refreshes: How many refreshes may go on in the background at once; while there are so many, what is stale
             is served unrefreshed. 0: none.
+        secret_key: Random text of at least 32 characters that seals entries: whoever else can write to the store can
+            neither read nor forge one. Takes the extra ``crypto``. Once it is given, nothing is read that is not sealed
+            with it. None: nothing is sealed.
+        previous_secret_key: Opens what was sealed before *secret_key* took its place.
         observer: Hears what happens, beside the counters that ``status`` shows. It hears of every hit, so none takes a
             shortcut: one from the near cache then costs some ten times as much.
     """
@@ -80,9 +88,12 @@ class Cache(AsyncCache):
         l1_max_bytes: int = 64 * 1024 * 1024,
         max_key_length: int = 1024,
         max_value_bytes: int = 8 * 1024 * 1024,
+        max_value_items: int = 1_000_000,
         policy: Policy | None = None,
         coalesce: Coalesce = "process",
         max_refreshes: int = 32,
+        secret_key: str | None = None,
+        previous_secret_key: str | None = None,
         observer: Observer | None = None,
     ) -> None:
         self._default_ttl = seconds(default_ttl, "default_ttl")
@@ -98,12 +109,16 @@ class Cache(AsyncCache):
             l1_max_entries=_whole(l1_max_entries, "l1_max_entries"),
             l1_max_bytes=_whole(l1_max_bytes, "l1_max_bytes"),
             observers=(self._counters,) if observer is None else (self._counters, observer),
+            form=form_of(secret_key, previous_secret_key),
+            limits=Limits(
+                _whole(max_value_bytes, "max_value_bytes", least=1), _whole(max_value_items, "max_value_items", least=1)
+            ),
             prefix=prefix.encode(),
         )
         no_fleet = f'coalesce="fleet" needs a store with leases, which {store.name} has not: use Redis or files'
         self._rulebook = Rulebook(policy, self._default_ttl, coalesce, None if isinstance(store, Leases) else no_fleet)
         self._reads = Reads(self._engine)
-        self._writes = Writes(self._engine, self._reads, _whole(max_value_bytes, "max_value_bytes", least=1))
+        self._writes = Writes(self._engine, self._reads)
         self._loads = Loads(
             self._engine, self._reads, self._writes, max_refreshes=_whole(max_refreshes, "max_refreshes")
         )

@@ -17,11 +17,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 SLOTS: Final = 65_536
 
 _generations = itertools.count(1)
+
+
+class Words(Protocol):
+    """Counters by number."""
+
+    def __getitem__(self, at: int, /) -> int:
+        """Return the counter *at* as it is now."""
+        ...
 
 
 class Changes:
@@ -35,7 +43,7 @@ class Changes:
 
     __slots__ = ("_generation", "clock", "until", "words")
 
-    def __init__(self, words: Sequence[int], clock: Callable[[], float], *, until: float = math.inf) -> None:
+    def __init__(self, words: Words, clock: Callable[[], float], *, until: float = math.inf) -> None:
         self._generation = next(_generations) << 64  # stamps of two tables are never equal
         self.words = words
         self.clock = clock

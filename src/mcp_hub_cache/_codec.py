@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import date, datetime, time, timedelta
 from math import isfinite
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from ._classes import NOTHING, ClassSet
@@ -37,6 +37,7 @@ FAILURE: Final = 4  # an exception (``_failures``)
 
 _SCALARS: Final = frozenset((str, int, bool, type(None)))
 _FLOAT: Final = frozenset((float,))
+_COUNTED: Final = 65536  # bytes of a slice
 _LONG: Final = 32  # items of a list from which on they are looked at by their set of types first
 _IMMUTABLE: Final = frozenset(
     (str, int, bool, type(None), float, bytes, complex, date, datetime, time, timedelta, UUID, range)
@@ -49,6 +50,52 @@ class DecodeError(ValueError):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class Limits(NamedTuple):
+    """How large a value's stored form may be: of values that are written, and of what is read, before it is unfolded.
+
+    Attributes:
+        value_bytes: Its bytes.
+        value_items: The items and containers in it, at all levels; of values that are bytes, nothing.
+    """
+
+    value_bytes: int
+    value_items: int
+
+    def excess(self, codec: int, payload: bytes | memoryview) -> str:
+        """Say which of these *payload* goes beyond, and what to raise; empty: none."""
+        if len(payload) > self.value_bytes:
+            return (
+                f"takes {len(payload):,} bytes; this cache stores at most {self.value_bytes:,}. "
+                "Store less, or raise max_value_bytes (CACHE_MAX_VALUE_BYTES)."
+            )
+        if len(payload) > self.value_items and codec != BYTES and has_more_items(bytes(payload), self.value_items):
+            return (
+                f"holds more than {self.value_items:,} items, which is the most that this cache stores. "
+                "Store less, or raise max_value_items (CACHE_MAX_VALUE_ITEMS)."
+            )
+        return ""
+
+
+def has_more_items(payload: bytes, most: int) -> bool:
+    """Whether the JSON *payload* is of more than *most* items and containers, without making any of them."""
+    if _marked(payload) <= most:
+        return False
+    # Texts may hold such bytes, too: what stands between quotes doesn't count. In slices, since a flood of small texts
+    # takes as much room in pieces as it would unfolded.
+    bare, total, within = payload.replace(b"\\\\", b"").replace(b'\\"', b""), 0, 0
+    for start in range(0, len(bare), _COUNTED):
+        pieces = bare[start : start + _COUNTED].split(b'"')
+        total += _marked(b"".join(pieces[within::2]))
+        if total > most:
+            return True
+        within ^= len(pieces) - 1 & 1
+    return False
+
+
+def _marked(text: bytes) -> int:
+    return text.count(b",") + text.count(b"[") + text.count(b"{")
 
 
 def is_plain(value: Any, max_depth: int = MAX_DEPTH) -> bool:

@@ -19,10 +19,11 @@ from typing import Any, Final, TypeVar, cast
 
 from ._blake import blake2b
 from ._changes import Part
-from ._codec import DecodeError
+from ._codec import DecodeError, Limits
 from ._direct import Direct
 from ._exceptions import StoreError
 from ._flight import Flights
+from ._form import Form
 from ._frame import Kind
 from ._l1 import L1
 from ._leases import Rests, Rivals
@@ -31,7 +32,7 @@ from ._lines import Lines
 from ._marks import Marks
 from ._near import Near
 from ._placeholders import Placeholders
-from ._protocols import Coherent, Immediate, Monitored, Observer, Store, Switching, Used
+from ._protocols import Coherent, Immediate, Monitored, Observer, Retiming, Store, Switching, Used
 from ._tokens import draw
 from ._use import Use
 
@@ -120,12 +121,16 @@ class Engine:
         l1_max_entries: int,
         l1_max_bytes: int,
         observers: tuple[Observer, ...],
+        form: Form,
+        limits: Limits,
         prefix: bytes = b"",
         draw: Callable[[], float] = draw,
     ) -> None:
         self._namespace_at = len(prefix)
         self.draw = draw
         self.store = store
+        self.form = form
+        self.limits = limits
         self.observers = observers
         self.timeout = timeout
         self._l1_size = (l1_max_entries, l1_max_bytes)
@@ -136,6 +141,8 @@ class Engine:
         self.tier = store.name
         if isinstance(store, Switching):
             store.on_state = self._switched
+        if isinstance(store, Retiming):
+            store.retimed = form.retimed
         self._warned: set[str] = set()
         self._sessions: PerLoop[Session] = PerLoop(self._open, owner=f"this {store.name} cache", close=self._close)
         # The store's call, bound once: a line tells kinds of requests apart by their call.

@@ -37,7 +37,7 @@ class UncacheableError(CacheError, TypeError):
 
 
 class ValueTooLargeError(CacheError, ValueError):
-    """A value whose stored form is larger than the cache's ``max_value_bytes``."""
+    """A value whose stored form is beyond the cache's ``max_value_bytes`` or ``max_value_items``."""
 
 
 class SettingsError(CacheError, ValueError):

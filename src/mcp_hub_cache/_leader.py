@@ -163,8 +163,8 @@ class Leader:
         if trip.begun is None or flight.detached or self._decided.skipped:
             return
         try:
-            payload = failures.encode(error, plan.classes)
-        except UncacheableError as refused:
+            payload = self._writes.bounded(FAILURE, failures.encode(error, plan.classes))
+        except (UncacheableError, ValueTooLargeError) as refused:
             self._say_uncacheable(refused)
             return
         marks = await self._marks(trip)

@@ -23,7 +23,10 @@ from ._protocols import Observer, Store
 from ._shortcut import CURRENT
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from pydantic import SecretStr
 
     from ._settings import Settings
     from .stores.failover import FailoverStore
@@ -44,10 +47,24 @@ class CacheOptions(TypedDict, total=False):
     l1_max_bytes: int
     max_key_length: int
     max_value_bytes: int
+    max_value_items: int
     policy: Policy | None
     coalesce: Coalesce
     max_refreshes: int
+    secret_key: str | None
+    previous_secret_key: str | None
     observer: Observer | None
+
+
+class FailoverOptions(TypedDict, total=False):
+    """When a server counts as away, and what is done then; see ``FailoverStore``. Seconds are floats here."""
+
+    failures: int
+    slow_after: float
+    probe_after: float
+    probe_max: float
+    standby_ttl: float
+    max_journal: int
 
 
 class MemoryCache(Cache):
@@ -70,13 +87,20 @@ class FileCache(Cache):
     Args:
         directory: The folder; everything is kept in ``mcp_hub_cache`` inside it, which is made when it is first used.
         max_bytes: Room on disk; the least recently used go first. None: no bound.
+        durable: What is stored or deleted stays so after a power cut (fsync): each write waits for the disk, most often
+            many times as long. Without it a power cut may lose the last seconds; torn entries are never served.
         **options: See ``Cache``.
     """
 
     def __init__(
-        self, directory: str | Path = "cache", *, max_bytes: int | None = 1024**3, **options: Unpack[CacheOptions]
+        self,
+        directory: str | Path = "cache",
+        *,
+        max_bytes: int | None = 1024**3,
+        durable: bool = False,
+        **options: Unpack[CacheOptions],
     ) -> None:
-        super().__init__(_file_store(directory, max_bytes, options.get("prefix", "mcp_hub:")), **options)
+        super().__init__(_file_store(directory, max_bytes, options.get("prefix", "mcp_hub:"), durable), **options)
 
 
 class RedisCache(Cache):
@@ -85,13 +109,24 @@ class RedisCache(Cache):
     While the server is away, reads miss and writes are dropped (``fallback`` None), or a standby serves.
 
     Args:
-        url: ``redis://[user:password@]host:port/db``, ``rediss://`` for TLS, ``unix:///path``.
+        url: ``redis://[user:password@]host:port/db``, ``rediss://`` for TLS, ``unix:///path``,
+            ``sentinel://[user:password@]host:port,host:port/service[/db]``; for a cluster one node or several. None:
+            this machine's port 6379.
         username: Used where the URL has neither a user nor a password.
         password: The same.
         ca_certs: A file of CA certificates to trust, for TLS.
+        client_cert: A file with a certificate, for servers that ask for one.
+        client_key: A file with its key, if that stands apart.
         tls_insecure: Do not verify the server's certificate. Anybody between you and it can then read and forge.
         max_connections: At most so many connections; 1 or more. With 1 there is no near cache.
+        sentinels: ``"host:port,host:port"``, or a list of such; in place of a URL.
+        sentinel_service: What the sentinels call the primary; None: mymaster.
+        sentinel_username: For the sentinels themselves.
+        sentinel_password: The same.
+        cluster: Whether the URL names nodes of a Redis Cluster.
         fallback: A store that serves while the server is away, such as ``FileStore("cache")``.
+        failover: When that is: ``failures`` in a row (3), ``slow_after`` so many seconds (half of *timeout*), and
+            others; see ``FailoverStore``.
         **options: See ``Cache``.
 
     Raises:
@@ -100,29 +135,47 @@ class RedisCache(Cache):
 
     def __init__(
         self,
-        url: str = "redis://localhost:6379/0",
+        url: str | None = None,
         *,
         username: str | None = None,
         password: str | None = None,
         ca_certs: str | Path | None = None,
+        client_cert: str | Path | None = None,
+        client_key: str | Path | None = None,
         tls_insecure: bool = False,
         max_connections: int = 50,
+        sentinels: str | Sequence[str] | None = None,
+        sentinel_service: str | None = None,
+        sentinel_username: str | None = None,
+        sentinel_password: str | None = None,
+        cluster: bool = False,
         fallback: Store | None = None,
+        failover: FailoverOptions | None = None,
         **options: Unpack[CacheOptions],
     ) -> None:
         from .stores.redis import RedisStore
 
+        timeout = seconds(options.get("timeout", 0.5), "timeout")
         store = RedisStore(
             url,
             username=username,
             password=password,
             ca_certs=ca_certs,
+            client_cert=client_cert,
+            client_key=client_key,
             tls_insecure=tls_insecure,
-            timeout=_SHARE * seconds(options.get("timeout", 0.5), "timeout"),
+            timeout=_SHARE * timeout,
             max_connections=max_connections,
+            sentinels=sentinels,
+            sentinel_service=sentinel_service,
+            sentinel_username=sentinel_username,
+            sentinel_password=sentinel_password,
+            cluster=cluster,
             prefix=options.get("prefix", "mcp_hub:"),
         )
-        super().__init__(_guarded(store, fallback, options.get("prefix", "mcp_hub:")), **options)
+        super().__init__(
+            _guarded(store, fallback, options.get("prefix", "mcp_hub:"), timeout, failover or {}), **options
+        )
 
 
 def open_cache(settings: Settings | None = None, **overrides: Any) -> Cache:
@@ -157,7 +210,15 @@ def open_cache(settings: Settings | None = None, **overrides: Any) -> Cache:
         l1_max_bytes=settings.cache_l1_max_bytes,
         coalesce=settings.cache_coalesce,
         max_refreshes=settings.cache_max_refreshes,
+        max_value_bytes=settings.cache_max_value_bytes,
+        max_value_items=settings.cache_max_value_items,
+        secret_key=_text_of(settings.cache_secret_key),
+        previous_secret_key=_text_of(settings.cache_secret_key_previous),
     )
+
+
+def _text_of(secret: SecretStr | None) -> str | None:
+    return None if secret is None else secret.get_secret_value()
 
 
 def _store(settings: Settings) -> Store:
@@ -166,27 +227,40 @@ def _store(settings: Settings) -> Store:
 
         return MemoryStore()
     if settings.cache_backend == "file":
-        return _file_store(settings.cache_dir, settings.cache_max_bytes, settings.cache_key_prefix)
+        return _files(settings, settings.cache_dir)
     from .stores.redis import RedisStore
 
-    def secret(value: Any) -> str | None:
-        return None if value is None else value.get_secret_value()
-
     store = RedisStore(
-        secret(settings.redis_url),
+        _text_of(settings.redis_url),
         host=settings.redis_host,
         port=settings.redis_port,
         db=settings.redis_db,
         username=settings.redis_username,
-        password=secret(settings.redis_password),
+        password=_text_of(settings.redis_password),
         ssl=settings.redis_ssl,
         ca_certs=settings.redis_ca_certs,
+        client_cert=settings.redis_client_cert,
+        client_key=settings.redis_client_key,
         tls_insecure=settings.redis_tls_insecure,
         timeout=_SHARE * settings.cache_timeout,
         max_connections=settings.redis_max_connections,
+        sentinels=settings.redis_sentinels,
+        sentinel_service=settings.redis_sentinel_service,
+        sentinel_username=settings.redis_sentinel_username,
+        sentinel_password=_text_of(settings.redis_sentinel_password),
+        cluster=settings.redis_cluster,
         prefix=settings.cache_key_prefix,
     )
-    return _guarded(store, _fallback(settings), settings.cache_key_prefix)
+    failover: FailoverOptions = {
+        "failures": settings.cache_breaker_failures,
+        "probe_after": settings.cache_probe_after,
+        "probe_max": settings.cache_probe_max,
+        "standby_ttl": settings.cache_standby_ttl,
+        "max_journal": settings.cache_max_journal,
+    }
+    if settings.cache_slow_after is not None:
+        failover["slow_after"] = settings.cache_slow_after
+    return _guarded(store, _fallback(settings), settings.cache_key_prefix, settings.cache_timeout, failover)
 
 
 def _fallback(settings: Settings) -> Store | None:
@@ -196,20 +270,27 @@ def _fallback(settings: Settings) -> Store | None:
         return MemoryStore()
     if settings.cache_fallback == "file":
         # A folder of its own: what a file cache keeps there is older than what Redis has.
-        return _file_store(settings.cache_dir / "standby", settings.cache_max_bytes, settings.cache_key_prefix)
+        return _files(settings, settings.cache_dir / "standby")
     return None
 
 
-def _file_store(directory: str | Path, max_bytes: int | None, prefix: str) -> Store:
+def _files(settings: Settings, directory: Path) -> Store:
+    return _file_store(directory, settings.cache_max_bytes, settings.cache_key_prefix, settings.cache_durable)
+
+
+def _file_store(directory: str | Path, max_bytes: int | None, prefix: str, durable: bool) -> Store:
     from .stores.file import FileStore
 
-    return FileStore(directory, prefix=prefix, max_bytes=max_bytes)
+    return FileStore(directory, prefix=prefix, max_bytes=max_bytes, durable=durable)
 
 
-def _guarded(store: RedisStore, standby: Store | None, prefix: str) -> FailoverStore:
+def _guarded(
+    store: RedisStore, standby: Store | None, prefix: str, timeout: float, failover: FailoverOptions
+) -> FailoverStore:
     from .stores.failover import FailoverStore
 
-    return FailoverStore(store, standby, prefix=prefix.encode())
+    failover = {"slow_after": timeout / 2, **failover}
+    return FailoverStore(store, standby, prefix=prefix.encode(), journal=repr(store), **failover)
 
 
 _defaults: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Future[Cache]] = WeakKeyDictionary()

@@ -265,6 +265,22 @@ class Switching(Protocol):
     """Called on the event loop with the old and the new state."""
 
 
+class Retimed(Protocol):
+    """What gives a frame other times; see ``_frame.retimed``."""
+
+    def __call__(self, front: bytes, key: bytes, /, *, created: float, fresh_until: float, keep_until: float) -> bytes:
+        """Return the first 64 bytes of a frame that begins with *front*."""
+        ...
+
+
+@runtime_checkable
+class Retiming(Protocol):
+    """A store that changes the times of frames, which takes the secret where they are sealed."""
+
+    retimed: Retimed
+    """Called for each; set by who has the secret. Raises ``FrameError`` for what it can't verify."""
+
+
 class Observer(Protocol):
     """Hears what the engine does. Called on the event loop, many times a second: must return at once and never raise.
 

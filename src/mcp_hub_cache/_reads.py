@@ -21,7 +21,7 @@ from ._codec import BYTES, FAILURE, DecodeError, decode
 from ._engine import CHUNK, Engine, Session, every
 from ._exceptions import StoreError
 from ._failures import Failures
-from ._frame import Frame, FrameError, Head, Kind, Mark, open_entry, sums, unpack, unpack_head
+from ._frame import COPIED, LONGEST_FRONT, Frame, FrameError, Head, Kind, Mark
 from ._freshness import SKEW, is_fresh, stands_in
 from ._l1 import NOT_SHARED
 from ._marks import OWNED, Standing
@@ -87,6 +87,11 @@ class Reads:
         self._observers = engine.observers
         self._slot = engine.slot
         self._now = engine.now
+        self._unpack = engine.form.unpack
+        self._unbounded = min(engine.limits)  # bytes of a frame that is within all limits
+        # The short way is for what is that short; where limits are tighter still, there is none.
+        self._open_entry = engine.form.open_entry if self._unbounded >= COPIED else _no_entry
+        self._max_frame = engine.limits.value_bytes + LONGEST_FRONT
         self.has_l1 = engine.slot is not None
 
     async def look_up(
@@ -126,7 +131,7 @@ class Reads:
 
         ``accept`` sees to all else, and says what is wrong with it.
         """
-        entry = open_entry(data, key)
+        entry = self._open_entry(data, key)
         if entry is None:
             return MISS
         codec, created, fresh_until, keep_until, cost, payload = entry
@@ -153,15 +158,16 @@ class Reads:
 
         *near*, made before the store was asked, is filled with it and put in L1.
         """
-        large = data is not None and len(data) > LARGE
-        frame = self.intact(key, data, await last(sums(data, LARGE)) if large and data is not None else None)
+        large = data is not None and LARGE < len(data) <= self._max_frame
+        summed = await last(self._engine.form.sums(data, LARGE)) if large and data is not None else None
+        frame = self.intact(key, data, summed)
         if frame is None:
             return None
         if frame.marks:
             near, good = await self._check(session, key, frame.marks, near)
             if not good:
                 return None
-        if large and frame.head.codec == BYTES:
+        if large and frame.head.codec == BYTES and not isinstance(frame.payload, bytes):
             frame = frame._replace(payload=await copied(frame.payload))
         return self._admit(session, key, frame, classes, near, takes)
 
@@ -321,12 +327,18 @@ class Reads:
         """The entry's frame, None for placeholders, nothing and damage. *summed*: see ``unpack``."""
         if data is None:
             return None
+        limits = self._engine.limits
         try:
-            frame = unpack(data, key, summed)
+            frame = self._unpack(data, key, summed) if len(data) <= self._max_frame else None
         except FrameError as error:
             self._engine.damaged(key, error.reason, error)
             return None
-        return frame if frame.head.kind == _ENTRY else None
+        if frame is not None and frame.head.kind != _ENTRY:
+            return None
+        if frame is None or (len(data) > self._unbounded and limits.excess(frame.head.codec, frame.payload)):
+            self._engine.damaged(key, "oversized", FrameError("oversized"))
+            return None
+        return frame
 
     async def fresh_frame(self, session: Session, key: bytes, data: bytes | None) -> Frame | None:
         """The frame of the entry in *data*, if it is good: fresh, its marks standing, and no failure."""
@@ -347,15 +359,19 @@ class Reads:
             return None
         return await self.fresh_frame(session, key, data)
 
-    def fresh_head(self, data: bytes | None) -> Head | None:
+    def fresh_head(self, key: bytes, data: bytes | None) -> Head | None:
         """The head in *data*, if it is a fresh entry's. What it can't tell is whether the entry's marks stand."""
         try:
-            head = None if data is None else unpack_head(data)
+            head = None if data is None else self._engine.form.verified_head(data, key)
         except FrameError:
             return None
         if head is None or head.kind != _ENTRY or head.codec == FAILURE or not is_fresh(head, self._now()):
             return None
         return head
+
+
+def _no_entry(data: bytes, key: bytes) -> None:  # as ``Form.open_entry``
+    """Leave it to the long way."""
 
 
 def _hung(near: Near | None, standing: Standing) -> Near | None:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from ._codec import FAILURE
 from ._engine import Engine
 from ._exceptions import LoadTimeoutError
-from ._frame import Frame, Kind, Mark, unpack
+from ._frame import Frame, Kind, Mark
 from ._freshness import is_fresh
 from ._leases import OVER, beside, head_of
 from ._placeholders import Over
@@ -203,7 +203,7 @@ class Turn:
         hit = await self._reads.accept(self._session, self._key, data, plan.classes, None, plan.takes)
         if hit is None:
             return None
-        frame = unpack(data, self._key)
+        frame = self._engine.form.unpack(data, self._key)
         if hit.stale is not None:
             self._trip.spare, self._trip.seen = hit, hit.head.token
         elif not plan.refresh and (not self._trip.ahead or hit.head.token != self._trip.seen):
@@ -222,6 +222,7 @@ class Turn:
         if begun is not None and head is not None and head.kind == Kind.OVER:
             now = self._engine.now()
             if not head.fresh_until:  # a load has just ended without a value: there is no line to stand in
+                self.held[at] = session.placeholders.share(at, begun)  # to say there that the next try rests, if so
                 return None
             if (
                 is_fresh(head, now)

@@ -40,7 +40,7 @@ class Upkeep:
                 async for page in pages:
                     marked: list[bytes] = []
                     for key, data in page:
-                        if (head := self._reads.fresh_head(data)) is None:
+                        if (head := self._reads.fresh_head(key, data)) is None:
                             continue
                         if head.mark_count:  # a head alone does not say which
                             marked.append(key)

@@ -18,7 +18,7 @@ from ._classes import ClassSet
 from ._codec import encode
 from ._engine import CHUNK, Engine, Session, every
 from ._exceptions import StoreError, ValueTooLargeError
-from ._frame import Frame, Mark, pack, patch_head
+from ._frame import Frame, Mark
 from ._freshness import Life, Span, span
 from ._placeholders import heed
 from ._protocols import Fence, Outcome, Patch, Write
@@ -37,14 +37,13 @@ class Writes:
     Args:
         engine: Whose store to write to.
         reads: The way to what is there.
-        max_value_bytes: The largest stored form of a value.
     """
 
-    def __init__(self, engine: Engine, reads: Reads, max_value_bytes: int) -> None:
+    def __init__(self, engine: Engine, reads: Reads) -> None:
         self._engine = engine
         self._reads = reads
         self._store = engine.store
-        self._max_value_bytes = max_value_bytes
+        self._pack = engine.form.pack
         # Bound once: a line tells kinds of requests apart by the identity of their call.
         self._write = engine.store.write_many
         self._patch = engine.store.patch_many
@@ -58,12 +57,18 @@ class Writes:
             ValueTooLargeError: Its stored form is larger than this cache takes.
         """
         codec, payload = encode(value, classes)
-        if len(payload) > self._max_value_bytes:
-            raise ValueTooLargeError(
-                f"the value takes {len(payload):,} bytes; this cache stores at most {self._max_value_bytes:,}. "
-                "Store less, or raise max_value_bytes."
-            )
-        return codec, payload
+        return codec, self.bounded(codec, payload)
+
+    def bounded(self, codec: int, payload: bytes) -> bytes:
+        """Return *payload*.
+
+        Raises:
+            ValueTooLargeError: It is larger than this cache takes.
+        """
+        excess = self._engine.limits.excess(codec, payload)
+        if excess:
+            raise ValueTooLargeError(f"the value {excess}")
+        return payload
 
     async def write(
         self,
@@ -144,7 +149,7 @@ class Writes:
         """Return the write of a new entry, as of now; sees that its marks live as long as it does."""
         now = self._store.now()
         until = self._span(now, life)
-        frame = pack(
+        frame = self._pack(
             key,
             payload,
             codec=codec,
@@ -170,7 +175,7 @@ class Writes:
         """Return the patch that lets the entry in *frame* live anew from now; sees to its marks."""
         now, head = self._store.now(), frame.head
         until = self._span(now, life)
-        patched = patch_head(head, fresh_until=until.fresh_until, keep_until=until.keep_until)
+        patched = self._engine.form.prolonged(key, frame, fresh_until=until.fresh_until, keep_until=until.keep_until)
         self._prolong(key, frame.marks, until.keep_until - now)
         # The serving store's id: a switch of stores in between makes it refuse.
         return Patch(key, Fence(self._store.id, head.token), patched, until.keep(now))
@@ -267,9 +272,10 @@ class Writes:
         removed = 0
         for start in range(0, len(keys), CHUNK):
             chunk = [(key, key) for key in keys[start : start + CHUNK]]
-            for answer in await self._submit_all(session, self._delete, chunk):
+            answers = await self._submit_all(session, self._delete, chunk)
+            for (key, _), answer in zip(chunk, answers, strict=True):
                 if isinstance(answer, StoreError):
                     self._engine.trouble(answer)
-                elif self._reads.fresh_head(answer) is not None:
+                elif self._reads.fresh_head(key, answer) is not None:
                     removed += 1
         return removed

@@ -28,6 +28,7 @@ from mcp_hub_cache._classes import classes_of
 from mcp_hub_cache._codec import FAILURE, encode
 from mcp_hub_cache._frame import Kind, Mark, frame_of_kind, pack, patch_head, placeholder, unpack_head
 from mcp_hub_cache._keys import KeySpace, argument_bytes, bind, digest, function_name, namer
+from mcp_hub_cache._seal import Seal
 
 GOLDEN = Path(__file__).parent
 
@@ -147,9 +148,37 @@ def _frame_cases() -> dict[str, tuple[Callable[[], bytes], None]]:
     return {name: (make, None) for name, make in cases.items()}
 
 
+def golden_seal() -> Seal:
+    """The seal that golden sealed frames are made by: each with the same salt, which no other ever is."""
+    return Seal("golden secret, of no use to anybody", draw=lambda size: bytes(range(size)))
+
+
+def _sealed_cases() -> dict[str, tuple[Callable[[], bytes], None]]:
+    key, token = b"mcp_hub:default:e:plan:42", bytes(range(8))
+    seal = golden_seal()
+
+    def entry(payload: bytes = b'{"steps":[1,2,3]}', **more: Any) -> bytes:
+        times = {"created": 1.7e9, "fresh_until": 1.7e9 + 600, "keep_until": 1.7e9 + 1200}
+        return seal.pack(key, payload, **{"token": token, "codec": 1, "cost": 1.25, **times, **more})
+
+    def prolonged() -> bytes:
+        frame = entry()
+        head = seal.prolonged(key, seal.unpack(frame, key), fresh_until=1.8e9, keep_until=math.inf)
+        return head + frame[64:]
+
+    cases: dict[str, Callable[[], bytes]] = {
+        "v2-entry": entry,
+        "v2-entry-marks": lambda: entry(marks=(Mark(b"t" * 16, b"m" * 8), Mark(bytes(16), b"\xff" * 8))),
+        "v2-entry-empty": lambda: entry(b"", codec=3),
+        "v2-entry-prolonged": prolonged,
+        "v2-failure": lambda: entry(codec=FAILURE),
+    }
+    return {name: (make, None) for name, make in cases.items()}
+
+
 def golden_cases(kind: str) -> dict[str, tuple[Any, Any]]:
-    """Return the cases of "codec" (value, annotation), "keys" or "frames" (maker of the bytes, None)."""
-    return {"codec": _codec_cases, "keys": _key_cases, "frames": _frame_cases}[kind]()
+    """Return the cases of "codec" (value, annotation), "keys", "frames" or "sealed" (maker of the bytes, None)."""
+    return {"codec": _codec_cases, "keys": _key_cases, "frames": _frame_cases, "sealed": _sealed_cases}[kind]()
 
 
 def written(kind: str, case: tuple[Any, Any]) -> bytes:

@@ -2,7 +2,7 @@
 
 from tests.golden import GOLDEN, golden_cases, written
 
-for kind in ("codec", "keys", "frames"):
+for kind in ("codec", "keys", "frames", "sealed"):
     (GOLDEN / kind).mkdir(exist_ok=True)
     for name, case in golden_cases(kind).items():
         path = GOLDEN / kind / name

@@ -66,11 +66,11 @@ class Primary(FaultyStore):
 class World:
     """A failover store over two memories, and everything that it told."""
 
-    def __init__(self, *, standby: bool = True, **options: Any) -> None:
+    def __init__(self, *, standby: bool = True, kind: type[Primary] = Primary, **options: Any) -> None:
         self.clock = FakeClock()
         self.server = MemoryStore(clock=self.clock)
         self.server.name = "redis"
-        self.primary = Primary(self.server)
+        self.primary: Any = kind(self.server)
         self.files = MemoryStore(clock=self.clock)
         self.files.name = "file"
         self.states: list[tuple[str, str]] = []
@@ -137,6 +137,10 @@ class World:
 
     async def on_server(self, key: bytes) -> bytes | None:
         return payload_of((await self.server.get_many([key]))[0])
+
+    def kept(self) -> list[bytes]:
+        """The keys in the standby, the least recently used first; the journal's pages aside."""
+        return [key for key in self.files._entries if not key.startswith(b"~")]
 
     async def in_files(self, key: bytes) -> bytes | None:
         return payload_of((await self.files.get_many([key]))[0])

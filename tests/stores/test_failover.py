@@ -228,7 +228,7 @@ async def test_a_probe_that_raises_nonsense_is_a_probe_that_failed(
     await w.get(A)
     broken = asyncio.Event()
 
-    async def nonsense() -> None:
+    async def nonsense(_lane: object) -> None:
         broken.set()
         raise AttributeError("from inside the driver")
 

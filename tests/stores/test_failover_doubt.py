@@ -74,7 +74,7 @@ async def test_a_set_that_failed_hides_what_it_was_to_replace(world: Make, error
     assert await w.on_server(A) == b"old"  # nothing has been replayed yet
     assert await w.set(A, b"newer") == "done"
     assert await w.get(A) == b"newer"
-    await w.store._keeper._replay(w.store._keeper._sessions.get())
+    await w.store._keeper._replay(w.store._keeper._sessions.get(), lambda _: True)
     assert await w.on_server(A) == b"newer"
 
 
@@ -261,7 +261,7 @@ async def test_replays_wait_for_one_another(world: Make) -> None:
     w.primary.repair()
     session = w.store._keeper._sessions.get()
     w.primary.hang.clear()
-    replay = asyncio.ensure_future(w.store._keeper._replay(session))
+    replay = asyncio.ensure_future(w.store._keeper._replay(session, lambda _: True))
     await asyncio.sleep(0)
     write = asyncio.ensure_future(w.set(A, b"new"))
     await asyncio.sleep(0)

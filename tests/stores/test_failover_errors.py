@@ -47,7 +47,7 @@ async def test_other_trouble_is_passed_on_and_opens_nothing(world: Make, error: 
         with pytest.raises(error):
             await w.store.begin_many([A], hold=1.0)
     assert w.states == []
-    assert w.files._entries == w.files._planted == {}
+    assert w.kept() == [] and not w.files._planted
 
 
 async def test_a_server_that_says_busy_is_there(world: Make) -> None:
@@ -74,7 +74,7 @@ async def test_wrong_credentials_are_said_loudly_and_nothing_falls_back(
             await w.store.delete_many([A])
     assert w.primary.calls["get_many"] == 1
     assert w.primary.calls.get("delete_many") is None
-    assert w.files._entries == w.files._planted == {}
+    assert w.kept() == [] and not w.files._planted
     assert w.store.stamp(A) is None
     assert w.states == [("healthy", "misconfigured")]
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
@@ -244,7 +244,7 @@ async def test_uses_are_told_to_the_store_that_serves(world: Make) -> None:
     for key in (A, B):
         await w.set(key)
     await w.store.used_many([A])
-    assert list(w.files._entries) == [B, A]
+    assert w.kept() == [B, A]
     assert w.primary.calls["used_many"] == 1
 
 

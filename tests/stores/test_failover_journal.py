@@ -11,6 +11,10 @@ def _keys(*names: str) -> list[bytes]:
     return [P + name.encode() for name in names]
 
 
+def any_key(_: bytes) -> bool:
+    return True
+
+
 def test_covers_what_was_noted_and_nothing_else() -> None:
     journal = Journal(P, 10)
     a, b, c = _keys("a", "b", "ns:c")
@@ -26,7 +30,7 @@ def test_a_key_noted_again_outlives_the_replay_of_its_first_note() -> None:
     journal = Journal(P, 10)
     a, b = _keys("a", "b")
     journal.add([a, b])
-    seen = journal.oldest(10)
+    seen = journal.oldest(10, any_key)
     journal.add([a])
     journal.forget(seen)
     assert journal.among([a, b]) == {a}
@@ -50,7 +54,7 @@ def test_oldest_first() -> None:
     a, b, c = _keys("a", "b", "c")
     journal.add([a, b, c])
     journal.add([a])
-    assert list(journal.oldest(2)) == [b, c]
+    assert list(journal.oldest(2, any_key)) == [b, c]
 
 
 def test_overflow_becomes_one_note_that_covers_everything() -> None:
@@ -75,7 +79,7 @@ def test_a_key_outside_of_the_prefix_is_never_dropped() -> None:
     journal = Journal(P, 2)
     journal.add([b"other:1", *_keys("a", "b")])
     assert journal.covers(b"other:1")
-    assert list(journal.oldest(9)) == [b"other:1"]
+    assert list(journal.oldest(9, any_key)) == [b"other:1"]
 
 
 def test_prefixes_are_bounded_too() -> None:

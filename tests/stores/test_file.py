@@ -161,7 +161,7 @@ async def test_the_applications_own_folder_keeps_its_mode(tmp_path: Path) -> Non
         await store.write_many([write(store, "a")])
     assert stat.S_IMODE(folder.stat().st_mode) == 0o755
     ours = folder / "mcp_hub_cache"
-    ours.chmod(0o777)
+    ours.chmod(0o775)  # as a volume's fsGroup leaves it
     async with opened(folder) as store:
         await store.get_many([key("a")])
     assert stat.S_IMODE(ours.stat().st_mode) == 0o700

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mcp_hub_cache import RedisCache, open_cache
 from mcp_hub_cache import _exceptions as errors
 from mcp_hub_cache._frame import HEAD_SIZE, Kind, pack
 from mcp_hub_cache._protocols import Coherent, Fence, Leases, Outcome, Store, Used, Write
@@ -446,6 +447,12 @@ async def test_a_client_certificate(tmp_path: Path) -> None:
         store = RedisStore(url, ca_certs=pems.ca, client_cert=pems.cert, client_key=pems.key, timeout=5.0)
         await store.ping()
         await store.aclose()
+        ready = RedisCache(url, ca_certs=pems.ca, client_cert=pems.cert, client_key=pems.key, timeout=5.0)
+        files = {"redis_ca_certs": pems.ca, "redis_client_cert": pems.cert, "redis_client_key": pems.key}
+        by_settings = open_cache(cache_backend="redis", cache_timeout=5.0, redis_url=url, **files)
+        for cache in (ready, by_settings):
+            assert await cache.health_check()
+            await cache.aclose()
 
 
 async def test_tls_to_a_plain_port_and_back(tmp_path: Path) -> None:

@@ -219,3 +219,71 @@ def test_what_is_raised(raised: Exception, kind: str, says: str) -> None:
     assert says in str(error)
     assert "what is that" not in str(error)
     assert store_error(error, "elsewhere") is error
+
+
+def nodes(url: str | None = None, **said: Any) -> tuple[str, ...]:
+    """The sentinels, or the nodes to start from."""
+    return tuple(node.where for node in RedisStore(url, **said)._target.nodes)
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ({"url": "sentinel://a:1,b"}, ("a:1", "b:26379")),
+        ({"url": "sentinel://a,[::1]:2/db-primary/3"}, ("a:26379", "[::1]:2")),
+        ({"url": f"sentinels://me:{SECRET}@a,b/x"}, ("a:26379", "b:26379")),
+        ({"sentinels": "a:1, b"}, ("a:1", "b:26379")),
+        ({"sentinels": ["a:1", "b"]}, ("a:1", "b:26379")),
+        ({"url": "redis://a:1,b,[::1]:2", "cluster": True}, ("a:1", "b:6379", "[::1]:2")),
+        ({"url": f"rediss://me:{SECRET}@a:1,b/0", "cluster": True}, ("a:1", "b:6379")),
+        ({"host": "a", "port": 1, "cluster": True}, ("a:1",)),
+        ({"host": "a"}, ()),
+    ],
+)
+def test_several_hosts(said: dict[str, Any], meant: tuple[str, ...]) -> None:
+    assert nodes(**said) == meant
+    assert SECRET not in repr(RedisStore(**said)) + repr(RedisStore(**said)._target)
+
+
+def test_what_a_sentinel_url_says() -> None:
+    target = RedisStore("sentinels://me:p%40w@a,b/db-primary/3", sentinel_password="theirs")._target
+    assert target.service == "db-primary"
+    assert (target.address.db, target.address.username, target.address.password) == (3, "me", "p@w")
+    assert target.address.tls is not None
+    assert [(one.db, one.username, one.password) for one in target.nodes] == [(0, None, "theirs")] * 2
+    assert all(one.tls is target.address.tls for one in target.nodes)
+    assert RedisStore("sentinel://a")._target.service == "mymaster"
+    assert RedisStore("sentinel://a", sentinel_service="x")._target.service == "x"
+    assert RedisStore(sentinels="a", username="me", password="pw", db=2)._target.address.db == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        ({"sentinels": "a", "cluster": True}, "REDIS_CLUSTER"),
+        ({"url": "sentinel://a", "cluster": True}, "REDIS_CLUSTER"),
+        ({"sentinels": "a", "url": "redis://b"}, "REDIS_SENTINELS"),
+        ({"sentinels": "a", "unix_socket_path": "/s"}, "REDIS_SENTINELS"),
+        ({"sentinel_service": "x"}, "REDIS_SENTINELS"),
+        ({"sentinel_password": SECRET}, "REDIS_SENTINELS"),
+        ({"url": "sentinel://a/x", "sentinel_service": "y"}, "REDIS_SENTINEL_SERVICE"),
+        ({"cluster": True, "db": 1}, "REDIS_DB"),
+        ({"cluster": True, "url": "redis://a,b/1"}, "REDIS_DB"),
+        ({"cluster": True, "url": "redis://a/1"}, "REDIS_DB"),
+        ({"cluster": True, "unix_socket_path": "/s"}, "socket"),
+        ({"sentinels": " , "}, "host:port"),
+        ({"sentinels": "a:b"}, "host:port"),
+        ({"sentinels": "a:0"}, "host:port"),
+        ({"sentinels": "a:70000"}, "host:port"),
+        ({"sentinels": f"me:{SECRET}@a"}, "host:port"),
+        ({"url": "sentinel://"}, "host:port"),
+        ({"url": f"sentinel://:{SECRET}/x@a,b"}, "host:port"),
+        ({"url": f"sentinel://:x?{SECRET}@a,b"}, "host:port"),
+        ({"url": "sentinel://a,b/x/first"}, "database"),
+        ({"url": "redis://a,b"}, "port|address|host"),
+    ],
+)
+def test_targets_that_are_refused(said: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        RedisStore(**said)
+    assert SECRET not in str(caught.value)

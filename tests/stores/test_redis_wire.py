@@ -16,9 +16,9 @@ import pytest
 
 from mcp_hub_cache import _exceptions as errors
 from mcp_hub_cache._lifetime import PerLoop
-from mcp_hub_cache.stores import _redis_wire
 from mcp_hub_cache.stores._redis_address import Address
 from mcp_hub_cache.stores._redis_clock import Clock, steady
+from mcp_hub_cache.stores._redis_places import Fixed
 from mcp_hub_cache.stores._redis_wire import Doubt, Wire, Wires, pack
 from tests.servers import valkey_server
 
@@ -26,10 +26,11 @@ GET = pack((b"GET", b"k"))
 
 
 class Script:
-    """A server whose every reply is sent by the test. Greets, and tells the time, by itself."""
+    """A server whose every reply is sent by the test. Greets, tells the time and who it is, by itself."""
 
     def __init__(self) -> None:
         self.path = ""
+        self.facts = b"role:master"
         self.accepting = True
         self.accepted = 0
         self.asked: asyncio.Queue[list[bytes]] = asyncio.Queue()
@@ -49,6 +50,8 @@ class Script:
                         writer.write(b"+OK\r\n")
                     elif command[0] == b"TIME":
                         writer.write(b"*2\r\n$10\r\n1700000000\r\n$6\r\n500000\r\n")
+                    elif command[0] == b"INFO":
+                        writer.write(b"$%d\r\n%b\r\n" % (len(self.facts), self.facts))
                     else:
                         self.asked.put_nowait(command)
         except OSError:
@@ -387,7 +390,7 @@ async def test_the_clock_is_learnt_on_connecting(script: Script) -> None:
 
 
 async def test_the_time_is_asked_for_again(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_redis_wire, "_ASK_EVERY", 0.0)
+    monkeypatch.setattr(Fixed, "ask_every", 0.0)
     learnt = asyncio.Event()
 
     class Counting(Clock):

@@ -444,7 +444,7 @@ async def all_caches_are_async_caches(observer: Observer) -> None:
     def takes(cache: AsyncCache) -> None: ...
 
     takes(MemoryCache(max_bytes=None, namespace="n", default_ttl="1h", l1_max_entries=0, observer=observer))
-    takes(FileCache("cache", max_bytes=10))
+    takes(FileCache("cache", max_bytes=10, durable=True))
     takes(RedisCache("redis://localhost", fallback=MemoryStore()))
     takes(Cache(MemoryStore()))
     takes(open_cache(cache_backend="memory"))

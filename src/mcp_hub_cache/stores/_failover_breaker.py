@@ -10,7 +10,7 @@ A circuit breaker (Nygard, *Release It!*, 2007) over round trips, with jittered 
 
 Rules:
 - Only the holder's probe goes through while it is not closed; there is no share of ordinary calls that tries its luck.
-- A store that never answered has no credit: its first failure opens.
+- A store that never answered has no credit: its first failure opens. Nor has a part of it while another part is away.
 - An answer that arrives late, after it opened, changes nothing: only a probe closes it.
 - The wall clock may jump. A probe never waits longer than the interval that was drawn for it.
 """
@@ -99,12 +99,12 @@ class Breaker:
             self.failed_in_a_row = 0
             self.contacted = True
 
-    def failed(self) -> bool:
-        """Count a round trip that brought none. True: this one opened it."""
+    def failed(self, *, credit: bool = True) -> bool:
+        """Count one that brought none, or took too long; True: it opened. *credit* False: the first does."""
         if self.state != "closed":
             return False
         self.failed_in_a_row += 1
-        if self.contacted and self.failed_in_a_row < self._limit:
+        if credit and self.contacted and self.failed_in_a_row < self._limit:
             return False
         self.trip()
         return True

@@ -1,14 +1,14 @@
-"""Keeps an eye on a primary: whether it serves, what it has still to be told, and when it is back.
+"""Keeps an eye on a primary: what it has still to be told, and when it is back.
 
-Strategy: calls report how they ended; what follows from that is decided and logged here, once per change. All state is
-synchronous and bound to no loop. One task per loop runs while there is something to do, and only then: it probes while
-the breaker is open, and replays what is left in the journal while it is closed.
+Strategy: calls report how they ended; what follows from that is decided in ``_failover_health``. All state is
+synchronous and bound to no loop. One task per loop runs while there is something to do, and only then: it probes what
+is away, and replays what is left in the journal for what is there.
 
 Rules:
-- A probe pings, replays what the journal holds, has the standby's leftovers dropped, and closes the breaker, in this
-  order.
+- A probe pings, reads what neighbours have left in the journal, replays what concerns that part, has the standby's
+  leftovers dropped if no other part is away, and closes the breaker, in this order.
 - A primary that answers pings but takes no deletes now (read-only, busy) is back all the same: the journal covers what
-  it missed.
+  it missed. The whole of it is cleared, where that is noted, when all of it is there.
 - Deletes are replayed under a lock, in batches that are put together when it is held. So none is ever on its way for a
   key that somebody else has settled and written since.
 - Whatever a store raises in a probe, the probe has failed and the next one comes.
@@ -18,41 +18,38 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterable
+import math
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from typing import Final
 
-from .._exceptions import (
-    StoreBusyError,
-    StoreError,
-    StoreFullError,
-    StoreMisconfiguredError,
-    StorePermissionError,
-    StoreReadOnlyError,
-)
+from .._exceptions import StoreError, StorePermissionError, StoreTimeoutError
 from .._lifetime import PerLoop
-from .._protocols import Store, StoreState
-from ._failover_breaker import Backoff, Breaker
-from ._failover_journal import Journal
+from .._protocols import Store
+from ._failover_breaker import Backoff
+from ._failover_health import Health, Part, refuses
+from ._failover_journal import Journal, Recent
+from ._failover_pages import Pages
 from ._failover_standby import Standby
+from ._failover_stopwatch import Stopwatch
 
 _log = logging.getLogger("mcp_hub_cache")
 
 _BATCH: Final = 256  # deletes replayed in one call
-_DATA: Final = frozenset({"get", "head", "begin", "write", "patch", "delete"})
-_ANSWERS: Final = (StoreBusyError, StoreFullError, StoreReadOnlyError, StorePermissionError)
-_KINDS: Final = {"file": "file-based", "memory": "in-memory"}
 
 
 class _Session:
     """What belongs to one event loop."""
 
-    __slots__ = ("lock", "task", "waiters", "wake")
+    __slots__ = ("hurry", "lock", "reading", "stopwatch", "task", "waiters", "wake")
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.task: asyncio.Task[None] | None = None
+        self.reading: asyncio.Task[None] | None = None
         self.wake = asyncio.Event()
+        self.hurry = False  # look at all that are away, due or not
         self.lock = asyncio.Lock()
         self.waiters: set[asyncio.Future[None]] = set()
+        self.stopwatch = Stopwatch(loop)
 
 
 class Keeper:
@@ -61,15 +58,17 @@ class Keeper:
     Args:
         primary: The store to watch.
         standby: What serves instead; None: nothing does.
+        health: Told what is heard of the primary.
         prefix: What every key starts with.
-        breaker: Decides when to leave the primary alone.
-        backoff: Of replays while the breaker is closed.
+        backoff: Of replays to what is there.
         journal: What the primary has still to be told.
-        clock: Seconds since the epoch, for ``StoreState.since``.
+        pages: The same, written down; None: nowhere.
+        recent: What it was told lately.
+        slow_after: Seconds from which on a small round trip is as good as failed.
 
     Attributes:
+        is_ready: Whether it is known what other processes had still to tell.
         on_epoch: Called with every switch, failed round trip and new note.
-        on_state: Called with the old and the new state.
     """
 
     def __init__(
@@ -77,68 +76,33 @@ class Keeper:
         primary: Store,
         standby: Standby | None,
         *,
+        health: Health,
         prefix: bytes,
-        breaker: Breaker,
         backoff: Backoff,
         journal: Journal,
-        clock: Callable[[], float],
+        pages: Pages | None,
+        recent: Recent,
+        slow_after: float,
     ) -> None:
         self.on_epoch: Callable[[], None] | None = None
-        self.on_state: Callable[[str, str], None] | None = None
+        self.health = health
+        self.is_ready = pages is None
+        self.slow_after = slow_after
         self._primary = primary
         self._standby = standby
         self._prefix = prefix
-        self._breaker = breaker
         self._backoff = backoff
         self._journal = journal
-        self._clock = clock
-        self._problem: StoreError | None = None  # why the breaker is open
-        self._denied: dict[str, StoreError] = {}  # what permissions are missing for
-        self._since: float | None = None
+        self._pages = pages
+        self._recent = recent
         self._sessions = PerLoop(
-            lambda _: _Session(),
+            _Session,
             owner=f"the failover of the {primary.name} store",
             close=_end_session,
             at_loop_end=False,
         )
 
-    # How it is
-
-    @property
-    def up(self) -> bool:
-        """Whether the primary serves."""
-        return self._breaker.state == "closed"
-
-    def stand_in(self) -> Standby | None:
-        """Return what may serve in the primary's place."""
-        return None if self._problem is not None and _refuses(self._problem) else self._standby
-
-    def problem(self) -> StoreError:
-        """Return why the primary does not serve, to be raised: a copy, since raising writes to an exception."""
-        problem = self._problem
-        assert problem is not None
-        copy = type(problem).__new__(type(problem), *problem.args)
-        copy.cure = problem.cure
-        return copy
-
-    def state(self) -> StoreState:
-        """See ``Monitored.state``."""
-        problem = self._problem
-        if problem is None:
-            problem = next((error for name, error in self._denied.items() if name in _DATA), None)
-            if problem is None:
-                return StoreState("healthy", self._since)
-            return StoreState("misconfigured", self._since, str(problem))
-        if _refuses(problem):
-            return StoreState("misconfigured", self._since, str(problem))
-        return StoreState("unhealthy" if self._standby is None else "degraded", self._since, str(problem))
-
-    def _announce(self, old: StoreState) -> None:
-        new = self.state().state
-        if new != old.state:
-            self._since = self._clock()
-            if self.on_state is not None:
-                self.on_state(old.state, new)
+    # Epochs
 
     def _begin_epoch(self) -> None:
         if self.on_epoch is not None:
@@ -158,204 +122,254 @@ class Keeper:
 
     # What calls report
 
-    def answered(self, name: str) -> None:
-        """A call by that *name* brought an answer."""
-        self._breaker.answered()
-        if self._denied and name in self._denied:
-            old = self.state()
-            del self._denied[name]
-            self._announce(old)
+    @property
+    def stopwatch(self) -> Stopwatch:
+        """What the running loop's round trips are measured with."""
+        return self._sessions.get().stopwatch
 
-    def failed(self, name: str, error: StoreError) -> None:
-        """A call by that *name* failed."""
-        if not self.up:
+    def was_slow(self, name: str, lane: Hashable, seconds: float) -> None:
+        """A call by that *name* brought an answer, but took so long. As good as failed: its caller has waited."""
+        self.failed(name, self._slowness(seconds), lane)
+
+    def _slowness(self, seconds: float) -> StoreError:
+        return StoreTimeoutError(
+            f"{self._primary.name.capitalize()} takes {seconds:.2f} s to answer, more than {self.slow_after:g} s.",
+            cure="Check what keeps the server or the network busy, or raise CACHE_SLOW_AFTER.",
+        )
+
+    def failed(self, name: str, error: StoreError, lane: Hashable) -> None:
+        """A call by that *name* to the part for *lane* failed."""
+        if lane in self.health.away:
             return
-        old = self.state()
         if error.outage:
             self._begin_epoch()
-            if self._standby is not None and not self._breaker.failed_in_a_row:
+            if self._standby is not None and not self.health.part(lane).breaker.failed_in_a_row:
                 self._standby.begin_outage()
-            first = not self._breaker.contacted
-            if self._breaker.failed():
-                self._go_down(error, old, first=first)
-        elif _refuses(error):
-            first = not self._breaker.contacted
-            self._breaker.trip()
-            self._go_down(error, old, first=first)
-        elif isinstance(error, _ANSWERS):
-            self._breaker.answered()
-            if isinstance(error, StorePermissionError):
-                self._denied[name] = error
-                if old.state == "healthy" and name in _DATA:
-                    _log.error("%s refuses to serve the cache: %s", self._primary.name.capitalize(), error)
-                self._announce(old)
+        if self.health.failed(name, error, lane):
+            self._begin_epoch()
+            if (session := self._sessions.peek()) is not None:
+                session.wake.set()  # its probe may be due before what is waited for
         self.watch()
 
     def note(self, keys: Iterable[bytes]) -> None:
         """What the primary holds under *keys* must go: journal it."""
+        keys = list(keys)
         self._journal.add(keys)
-        if self.up:  # while the standby serves, its own stamps tell what changes
+        # While the standby serves them, its own stamps tell what changes.
+        if not self.health.away or any(self._primary.lane(key) not in self.health.away for key in keys):
             self._begin_epoch()
 
     def note_prefix(self, prefix: bytes) -> None:
         """The same for everything under *prefix*."""
         self._journal.add_prefix(prefix)
-        if self.up:
+        if not self.health.all_away:
             self._begin_epoch()
 
-    def _go_down(self, error: StoreError, old: StoreState, *, first: bool) -> None:
-        self._problem = error
+    async def save(self) -> None:
+        """Return when what was noted is written down, where it is; see ``Pages.save``."""
+        if self._pages is not None and self._pages.is_behind:
+            await self._pages.save()
+
+    def deleted(self, keys: Iterable[bytes]) -> None:
+        """The primary has confirmed that it has deleted *keys*."""
+        self._recent.add(keys)
+
+    def cleared(self, prefix: bytes) -> None:
+        """The primary has confirmed that it has cleared *prefix*."""
+        self._recent.add((prefix,), are_prefixes=True)
+
+    def replaced(self) -> None:
+        """The primary is another server than before: what the last one confirmed it may never have heard of."""
+        keys, prefixes = self._recent.take()
+        if not (keys or prefixes):
+            return
+        _log.info(
+            "%s is another server than before: what was deleted lately is deleted again (%d keys)",
+            self._primary.name.capitalize(),
+            len(keys),
+        )
+        self.note(keys)
+        for prefix in prefixes:
+            self.note_prefix(prefix)
         self._begin_epoch()
-        name, text = self._primary.name.capitalize(), str(error)
-        if first:
-            _log.error("Failed to initialize %s cache backend: %s", name, text)
-        elif _refuses(error):
-            _log.error("%s refuses to serve the cache: %s", name, text)
-        else:
-            # Stores tend to say so themselves.
-            _log.error("%s connection failed: %s", name, text.removeprefix(f"{name} connection failed: "))
-        if (standby := self.stand_in()) is not None:
-            kind = standby.store.name
-            _log.info("Falling back to %s cache", _KINDS.get(kind, kind))
-        else:
-            _log.info("No cache to fall back to: calls go through uncached")
-        self._announce(old)
+        self.wake()
 
     # Coming back
 
     def watch(self) -> None:
         """See to it that the task runs if there is work for it."""
-        if self.up and not len(self._journal):
+        if not self.health.away and not len(self._journal):
             return
         session = self._sessions.get()
         if session.task is None or session.task.done():
             session.task = asyncio.get_running_loop().create_task(self._keep(session), name="mcp_hub_cache failover")
 
     def wake(self) -> None:
-        """Probe now: somebody else has found the primary alive."""
+        """Probe, or replay, now: somebody else has found the primary alive."""
         self.watch()
-        self._sessions.get().wake.set()
+        session = self._sessions.get()
+        session.hurry = True
+        session.wake.set()
+
+    async def get_ready(self) -> None:
+        """Return when it is known what other processes had still to tell the primary: nothing is believed before."""
+        session = self._sessions.get()
+        if session.reading is None:
+            session.reading = asyncio.get_running_loop().create_task(self._read(), name="mcp_hub_cache journal")
+        await asyncio.shield(session.reading)
+
+    async def _read(self) -> None:
+        if self._pages is not None and await self._pages.load() and len(self._journal):
+            _log.info(
+                "%s has still to be told of %d deletes from before: they are made now",
+                self._primary.name.capitalize(),
+                len(self._journal),
+            )
+            self.wake()
+        self.is_ready = True
 
     async def settle(self, keys: Collection[bytes]) -> None:
         """Delete in the primary those of *keys* that the journal covers, so that no replay touches what follows.
 
         Raises:
-            StoreError: They could not be deleted, or the breaker has opened.
+            StoreError: They could not be deleted, or a part of theirs has gone away.
         """
         async with self._sessions.get().lock:
-            if not self.up:
-                raise self.problem()
             covered, serials = self._journal.among(keys), self._journal.serials(keys)
+            for lane in {self._primary.lane(key) for key in covered}:
+                if lane in self.health.away:
+                    raise self.health.problem(lane)
+                await self._ping(lane)
             if covered:
-                await self._ping()
-                await self._primary.delete_many(list(covered))
-                self._journal.forget(serials)
+                await self._delete(serials, covered)
+
+    async def _delete(self, serials: Mapping[bytes, int], keys: Iterable[bytes] = ()) -> None:
+        wanted = list({**serials, **dict.fromkeys(keys)})
+        await self._primary.delete_many(wanted)
+        self._journal.forget(serials)
+        self._recent.add(wanted)
 
     async def _keep(self, session: _Session) -> None:
-        while not self.up or len(self._journal):
+        while self.health.away or len(self._journal):
+            pause = min((part.breaker.until_probe() for part in self.health.away.values()), default=math.inf)
+            due = [part for part in self.health.away.values() if part.breaker.until_probe() <= pause]
+            if not self.health.all_away and self._has_work() and (wait := self._backoff.next()) < pause:
+                pause, due = wait, []
             try:
-                async with asyncio.timeout(self._backoff.next() if self.up else self._breaker.until_probe()):
+                async with asyncio.timeout(pause):
                     await session.wake.wait()
+                due = list(self.health.away.values()) if session.hurry else []
             except TimeoutError:
                 pass
             session.wake.clear()
-            if self.up:
+            session.hurry = False
+            await self.save()
+            for part in due:
+                if part.lane in self.health.away:
+                    await self._probe(session, part)
+            if not self.health.all_away and self._has_work():
                 await self._catch_up(session)
-            else:
-                await self._probe(session)
+
+    def _is_there(self, key: bytes) -> bool:
+        return self._primary.lane(key) not in self.health.away
+
+    def _has_work(self) -> bool:
+        """Whether the journal holds something for the parts that are there."""
+        return bool(self._journal.oldest(1, self._is_there)) or (
+            not self.health.away and bool(self._journal.prefixes())
+        )
 
     async def _catch_up(self, session: _Session) -> None:
+        lane = self.health.a_lane()
         try:
-            await self._ping()
-            await self._replay(session)
+            await self._ping(lane)
+            await self._replay(session, self._is_there, everything=not self.health.away)
         except StoreError as error:
-            self.failed("replay", error)
+            self.failed("replay", error, lane)
         except Exception:  # noqa: BLE001  # see the last rule
             _log.exception("unexpected error while catching up with the %s store", self._primary.name)
         else:
-            self.answered("replay")
+            self.health.answered("replay", lane)
             self._backoff.reset()
 
-    async def _probe(self, session: _Session) -> None:
-        self._breaker.probe()
+    async def _probe(self, session: _Session, part: Part) -> None:
+        lane = part.lane
+        part.breaker.probe()
         try:
-            await self._ping()
-            notes = len(self._journal)
+            await self._ping_in_time(session, lane)
+            if self._pages is not None:
+                await self._pages.load()
+            notes, alone = len(self._journal), len(self.health.away) == 1
             try:
-                await self._replay(session)
+                await self._replay(
+                    session, lambda key: self._is_there(key) or self._primary.lane(key) == lane, everything=alone
+                )
             except StoreError as error:
-                if error.outage or _refuses(error):
+                if error.outage or refuses(error):
                     raise
-            if self._standby is not None:
+            if self._standby is not None and alone:
                 await self._standby.drop(self._prefix)
         except StoreError as error:
-            self._breaker.probe_failed()
-            self._still_down(error)
+            part.breaker.probe_failed()
+            if self.health.still_away(part, error):
+                if self._standby is not None:
+                    self._standby.begin_outage()
+                self._begin_epoch()
         except BaseException as error:
-            self._breaker.probe_failed()
+            part.breaker.probe_failed()
             if not isinstance(error, Exception):
                 raise
             _log.exception("unexpected error while probing the %s store", self._primary.name)
         else:
-            self._back(notes - len(self._journal))
+            self.health.is_back(part, notes - len(self._journal))
+            self._backoff.reset()
+            self._begin_epoch()
 
-    async def _ping(self) -> None:
+    async def _ping(self, lane: Hashable) -> None:
         try:
-            await self._primary.ping()
+            await self._primary.ping(lane)
         except StorePermissionError:
             pass  # it is there; only PING is not for us
 
-    async def _replay(self, session: _Session) -> None:
-        for prefix, serial in self._journal.prefixes().items():
+    async def _ping_in_time(self, session: _Session, lane: Hashable) -> None:
+        started = session.stopwatch.start()
+        try:
+            await self._ping(lane)
+        finally:
+            took = session.stopwatch.stop(started)
+        if took > self.slow_after:
+            raise self._slowness(took)
+
+    async def _replay(self, session: _Session, among: Callable[[bytes], bool], *, everything: bool = True) -> None:
+        for prefix, serial in self._journal.prefixes().items() if everything else ():
             await self._primary.clear(prefix)
             self._journal.forget_prefix(prefix, serial)
         for _ in range(len(self._journal) // _BATCH + 1):  # what comes meanwhile is for the next time
             async with session.lock:
-                batch = self._journal.oldest(_BATCH)
+                batch = self._journal.oldest(_BATCH, among)
                 if batch:
-                    await self._primary.delete_many(list(batch))
-                    self._journal.forget(batch)
-
-    def _still_down(self, error: StoreError) -> None:
-        problem = self._problem
-        assert problem is not None
-        if _refuses(problem) == _refuses(error):
-            self._problem = error
-            return
-        if self._standby is not None:
-            self._standby.begin_outage()
-        self._go_down(error, self.state(), first=False)
-
-    def _back(self, replayed: int) -> None:
-        old = self.state()
-        self._problem = None
-        self._breaker.close()
-        self._backoff.reset()
-        self._begin_epoch()
-        _log.info(
-            "%s is back: it serves the cache again (%d deletes made up for)", self._primary.name.capitalize(), replayed
-        )
-        self._announce(old)
+                    await self._delete(batch)
+        if self._pages is not None:
+            await self._pages.prune()
 
     async def aclose(self) -> None:
-        """End the running loop's task."""
+        """End the running loop's tasks, with what was noted written down."""
         if self._sessions.peek() is not None and len(self._journal):
-            _log.warning(
-                "%s is still to be told of %d deletes: they are lost if this process ends before it is back",
-                self._primary.name.capitalize(),
-                len(self._journal),
-            )
+            await self.save()
+            if self._pages is None or not self._pages.works:
+                _log.warning(
+                    "%s is still to be told of %d deletes: they are lost if this process ends before it is back",
+                    self._primary.name.capitalize(),
+                    len(self._journal),
+                )
         await self._sessions.aclose()
 
 
-def _refuses(error: StoreError) -> bool:
-    """Whether a person must change something before the store serves anything at all."""
-    return isinstance(error, StoreMisconfiguredError) and not isinstance(error, StorePermissionError)
-
-
 async def _end_session(session: _Session) -> None:
-    if session.task is not None:
-        session.task.cancel()
-        await asyncio.gather(session.task, return_exceptions=True)
+    session.stopwatch.close()
+    tasks = [task for task in (session.task, session.reading) if task is not None]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
     for future in list(session.waiters):
         future.cancel()

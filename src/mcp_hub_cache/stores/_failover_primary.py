@@ -27,6 +27,7 @@ F = TypeVar("F", bound=Write | Patch | Held)
 Frames = list[bytes | None]
 
 _NONE: Final[frozenset[bytes]] = frozenset()
+_SMALL: Final = 64 * 1024  # bytes up to which a round trip is none that may take its time
 
 
 def fitted(items: Sequence[F], made: int, store: Store) -> list[F]:
@@ -62,17 +63,32 @@ class Primary:
         self._keeper.watch()
         return self._journal.among(keys)
 
-    async def _told(self, name: str, asked: Awaitable[T], note: Callable[[], None] | None = None) -> T:
+    def _lane(self, keys: Sequence[bytes]) -> Hashable:
+        return self.store.lane(keys[0]) if keys else None
+
+    async def _told(
+        self, name: str, asked: Awaitable[T], lane: Hashable = None, note: Callable[[], None] | None = None
+    ) -> T:
+        stopwatch = self._keeper.stopwatch
+        started = stopwatch.start()
         try:
             answer = await asked
         except BaseException as error:
+            stopwatch.stop(started)
             if note is not None:
                 note()
             if isinstance(error, StoreError):
-                self._keeper.failed(name, error)
+                self._keeper.failed(name, error, lane)
             raise
-        self._keeper.answered(name)
+        self.heard(name, lane, stopwatch.stop(started), answer if isinstance(answer, list) else ())
         return answer
+
+    def heard(self, name: str, lane: Hashable, seconds: float, moved: Sequence[object]) -> None:
+        """A call brought its answer after *seconds*, having *moved* what may be large."""
+        if seconds > self._keeper.slow_after and _size(moved) <= _SMALL:
+            self._keeper.was_slow(name, lane, seconds)
+        else:
+            self._keeper.health.answered(name, lane)
 
     # Reading
 
@@ -87,7 +103,7 @@ class Primary:
     async def read(self, name: str, asked: Awaitable[Frames], keys: Sequence[bytes]) -> Frames:
         """Await what was *asked* just now, and take out what must not be believed."""
         covered = self._covered(keys)
-        frames = await self._told(name, asked)
+        frames = await self._told(name, asked, self._lane(keys))
         covered |= self._covered(keys)
         if not covered:
             return frames
@@ -101,9 +117,9 @@ class Primary:
                     covered = self._covered([key for key, _ in page])
                     yield [item for item in page if item[0] not in covered] if covered else page
         except StoreError as error:
-            self._keeper.failed("scan", error)
+            self._keeper.failed("scan", error, None)
             raise
-        self._keeper.answered("scan")
+        self._keeper.health.answered("scan", None)
 
     # Beginning and writing
 
@@ -114,7 +130,7 @@ class Primary:
             await self._settle(keys)
             return await self.store.begin_many(keys, hold=hold)
 
-        return await self._told("begin", begin())
+        return await self._told("begin", begin(), self._lane(keys))
 
     async def _settle(self, keys: Sequence[bytes]) -> None:
         if covered := self._covered(keys):
@@ -133,6 +149,8 @@ class Primary:
         if not sent:
             return outcomes
         batch = list(sent.values())
+        stopwatch = self._keeper.stopwatch
+        started = stopwatch.start()
         try:
             await self._settle([item.key for item in batch])
             answers: Sequence[Outcome] | StoreError = await ask(batch)
@@ -141,7 +159,9 @@ class Primary:
         except BaseException:
             self.note(batch)
             raise
-        for at, answer in zip(sent, self.changed(name, batch, answers), strict=True):
+        finally:
+            took = stopwatch.stop(started)
+        for at, answer in zip(sent, self.changed(name, batch, answers, took), strict=True):
             outcomes[at] = answer
         return outcomes
 
@@ -149,8 +169,16 @@ class Primary:
         """Nobody knows what became of *items*."""
         self._keeper.note(item.key for item in items if item.fence is None)
 
-    def changed(self, name: str, items: Sequence[W], answers: Sequence[Outcome] | StoreError) -> list[Outcome]:
+    def changed(
+        self, name: str, items: Sequence[W], answers: Sequence[Outcome] | StoreError, seconds: float
+    ) -> list[Outcome]:
         """Report the *answers* to items that were sent, or the error that ended the call, and return the outcomes.
+
+        Args:
+            name: What was done.
+            items: What it was done with.
+            answers: What came of it.
+            seconds: How long it took.
 
         Raises:
             StoreError: As for ``change``.
@@ -161,28 +189,35 @@ class Primary:
             for item, outcome in zip(items, outcomes, strict=True)
             if isinstance(outcome, StoreError) and (item.fence is None or item.fence.store == self.store.id)
         ]
+        lane = self.store.lane(items[0].key)
         if not failed:
-            self._keeper.answered(name)
+            self.heard(name, lane, seconds, [item[1] for item in items if isinstance(item, Write)])
             return outcomes
         self._keeper.note(item.key for item, error in failed if item.fence is None or _in_doubt(error))
-        self._keeper.failed(name, failed[0][1])  # one round trip, one failure
+        self._keeper.failed(name, failed[0][1], lane)  # one round trip, one failure
         if isinstance(answers, StoreError) and not answers.outage:
             raise answers
         return outcomes
 
     async def delete_many(self, keys: Sequence[bytes]) -> Frames:
         """See ``Store``."""
-        return await self._told("delete", self.store.delete_many(keys), lambda: self._keeper.note(keys))
+        heads = await self._told(
+            "delete", self.store.delete_many(keys), self._lane(keys), lambda: self._keeper.note(keys)
+        )
+        self._keeper.deleted(keys)
+        return heads
 
     async def clear(self, prefix: bytes) -> int:
         """See ``Store``."""
-        return await self._told("clear", self.store.clear(prefix), lambda: self._keeper.note_prefix(prefix))
+        count = await self._told("clear", self.store.clear(prefix), note=lambda: self._keeper.note_prefix(prefix))
+        self._keeper.cleared(prefix)
+        return count
 
     # The rest
 
     async def ping(self, lane: Hashable) -> None:
         """See ``Store``."""
-        await self._told("ping", self.store.ping(lane))
+        await self._told("ping", self.store.ping(lane), lane)
 
     async def info(self) -> Mapping[str, str | int | float]:
         """See ``Store``."""
@@ -191,19 +226,23 @@ class Primary:
     async def renew_many(self, held: Sequence[Held], *, hold: float) -> list[bool]:
         """See ``Leases``."""
         assert isinstance(self.store, Leases)
-        return await self._told("renew", self.store.renew_many(held, hold=hold))
+        return await self._told("renew", self.store.renew_many(held, hold=hold), self._lane([one.key for one in held]))
 
     async def release_many(self, held: Sequence[Held]) -> None:
         """See ``Leases``."""
         assert isinstance(self.store, Leases)
-        await self._told("release", self.store.release_many(held))
+        await self._told("release", self.store.release_many(held), self._lane([one.key for one in held]))
 
     async def used_many(self, keys: Sequence[bytes]) -> None:
         """See ``Used``; nothing where the store is none."""
         if isinstance(self.store, Used):
-            await self._told("used", self.store.used_many(keys))
+            await self._told("used", self.store.used_many(keys), self._lane(keys))
 
 
 def _in_doubt(error: StoreError) -> bool:
     """Whether what failed with *error* may have been done all the same."""
     return error.outage or isinstance(error, StoreProtocolError) or type(error) is StoreError
+
+
+def _size(moved: Sequence[object]) -> int:
+    return sum(len(one) for one in moved if isinstance(one, bytes))

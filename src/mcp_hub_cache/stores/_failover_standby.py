@@ -13,12 +13,12 @@ Rules:
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from .._exceptions import StoreError
-from .._frame import HEAD_SIZE, patch_head, peek
-from .._protocols import Begun, Held, Leases, Outcome, Patch, Store, Used, Write
+from .._frame import HEAD_SIZE, FrameError, peek, retimed
+from .._protocols import Begun, Held, Leases, Outcome, Patch, Retimed, Store, Used, Write
 
 
 class Standby:
@@ -27,14 +27,16 @@ class Standby:
     Args:
         store: Where the bytes go.
         ttl: Seconds that anything may stay in it; ``math.inf``: as long as its writer said.
+        retiming: Returns what gives a frame other times; see ``Retiming``.
     """
 
-    def __init__(self, store: Store, ttl: float) -> None:
+    def __init__(self, store: Store, ttl: float, retiming: Callable[[], Retimed] = lambda: retimed) -> None:
         if not ttl > 0:
             raise ValueError(f"standby_ttl must be more than 0 seconds, not {ttl!r}")
         self.store = store
         self._ttl = ttl
         self._since = math.inf
+        self._retiming = retiming
 
     def begin_outage(self) -> None:
         """Believe what is written from now on."""
@@ -76,7 +78,7 @@ class Standby:
         now = self.store.now()
         return await self.store.write_many(
             [
-                write._replace(frame=self._cut(write.frame, now, self._since), keep=self._keep(write.keep))
+                write._replace(frame=self._cut(write.key, write.frame, now, self._since), keep=self._keep(write.keep))
                 for write in writes
             ]
         )
@@ -87,7 +89,7 @@ class Standby:
         return await self.store.patch_many(
             # A leftover stays one.
             [
-                patch._replace(head=self._cut(patch.head, now, -math.inf), keep=self._keep(patch.keep))
+                patch._replace(head=self._cut(patch.key, patch.head, now, -math.inf), keep=self._keep(patch.keep))
                 for patch in patches
             ]
         )
@@ -99,7 +101,7 @@ class Standby:
         kept = min(math.inf if keep is None else keep, self._ttl)
         return None if kept == math.inf else kept
 
-    def _cut(self, frame: bytes, now: float, since: float) -> bytes:
+    def _cut(self, key: bytes, frame: bytes, now: float, since: float) -> bytes:
         """*frame*, or a head alone, with its times brought to what the standby allows."""
         head = peek(frame)
         if head is None:
@@ -109,7 +111,10 @@ class Standby:
         created = head.created if since <= head.created <= now else now
         if (created, fresh, keep) == (head.created, head.fresh_until, head.keep_until):
             return frame
-        cut = patch_head(head._replace(created=created), fresh_until=fresh, keep_until=keep)
+        try:
+            cut = self._retiming()(frame[:HEAD_SIZE], key, created=created, fresh_until=fresh, keep_until=keep)
+        except FrameError:  # sealed by somebody else: nobody here can read it either
+            return frame
         return cut + frame[HEAD_SIZE:]
 
     async def scan(self, prefix: bytes) -> AsyncGenerator[list[tuple[bytes, bytes]], None]:

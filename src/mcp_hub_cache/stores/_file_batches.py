@@ -21,7 +21,7 @@ from ._file_folder import Folder
 from ._file_memory import NotHereError
 from ._file_places import Place
 from ._file_reads import Reads
-from ._file_shelf import LOCK_SECONDS, Shelf, charge_of, store_error
+from ._file_shelf import LOCK_SECONDS, UNDER_WAY, Shelf, charge_of, store_error
 
 T = TypeVar("T")
 
@@ -93,15 +93,18 @@ class Batches:
         ]
         missing = [index for index, frame in enumerate(frames) if frame is None]
 
+        lasting = hold > UNDER_WAY
+
         def plant(shelf: Shelf, at: int, place: Place) -> Begun:
             there = shelf.frame(place.name)
             if there is not None:
                 return Begun(there, Fence(self._store, there[TOKEN]), leader=False)
             token = new_token()
-            self._put(shelf, place, placeholder(keys[missing[at]], token, self._folder.clock(), hold))
+            waiting = placeholder(keys[missing[at]], token, self._folder.clock(), hold)
+            self._put(shelf, place, waiting, lasting=lasting)
             return Begun(None, Fence(self._store, token), leader=True)
 
-        planted = self._each([keys[index] for index in missing], plant, make=True)
+        planted = self._each([keys[index] for index in missing], plant, make=True, lasting=lasting)
         trouble = next((one for one in planted if isinstance(one, StoreError)), None)
         if trouble is not None:
             # Nobody would know of the others, and whoever comes next would wait for them.
@@ -130,7 +133,7 @@ class Batches:
             return "done"
 
         began = time.monotonic()
-        outcomes = self._each([write.key for write in writes], put, make=True)
+        outcomes = self._each([write.key for write in writes], put, make=True, lasting=True)
         self.pace = (time.monotonic() - began) / max(1, len(writes))
         self._notice()
         return [*outcomes]
@@ -146,7 +149,7 @@ class Batches:
             self._put(shelf, place, patch.head + frame[HEAD_SIZE:])
             return "done"
 
-        return [*self._each([patch.key for patch in patches], put, make=False, absent="refused")]
+        return [*self._each([patch.key for patch in patches], put, make=False, absent="refused", lasting=True)]
 
     def delete(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Remove; the heads of what was there."""
@@ -156,10 +159,11 @@ class Batches:
             shelf.drop(place.name)
             return head
 
-        return _all(self._each(keys, drop, make=False, absent=None))
+        return _all(self._each(keys, drop, make=False, absent=None, lasting=True))
 
     def renew(self, held: Sequence[Held], hold: float) -> list[bool]:
         """Prolong placeholders, leases and marks that would end earlier."""
+        lasting = hold > UNDER_WAY
 
         def prolong(shelf: Shelf, at: int, place: Place) -> bool:
             frame = shelf.frame(place.name) if self._holds(shelf, place, held[at].fence) else None
@@ -168,10 +172,11 @@ class Batches:
                 return False
             until = self._folder.clock() + hold
             if until > head.keep_until:
-                self._put(shelf, place, patch_head(head, fresh_until=until, keep_until=until) + frame[HEAD_SIZE:])
+                prolonged = patch_head(head, fresh_until=until, keep_until=until) + frame[HEAD_SIZE:]
+                self._put(shelf, place, prolonged, lasting=lasting)
             return True
 
-        return _all(self._each([one.key for one in held], prolong, make=False, absent=False))
+        return _all(self._each([one.key for one in held], prolong, make=False, absent=False, lasting=lasting))
 
     def release(self, held: Sequence[Held]) -> None:
         """Remove placeholders and leases that still stand."""
@@ -199,15 +204,21 @@ class Batches:
         head = shelf.head(place.name) if fence.store == self._store else None
         return head is not None and head[TOKEN] == fence.token
 
-    def _put(self, shelf: Shelf, place: Place, frame: bytes) -> None:
+    def _put(self, shelf: Shelf, place: Place, frame: bytes, *, lasting: bool = True) -> None:
         if self._max_bytes is not None and charge_of(len(frame)) > self._max_bytes:
             raise StoreFullError(
                 f"an entry of {len(frame)} bytes does not fit in {self._max_bytes}.", cure="Raise CACHE_MAX_BYTES."
             )
-        shelf.put(place.name, frame)
+        shelf.put(place.name, frame, sync=lasting and self._folder.ground is not None)
 
     def _each(
-        self, keys: Sequence[bytes], act: Callable[[Shelf, int, Place], T], *, make: bool, absent: Any = None
+        self,
+        keys: Sequence[bytes],
+        act: Callable[[Shelf, int, Place], T],
+        *,
+        make: bool,
+        absent: Any = None,
+        lasting: bool = False,
     ) -> list[T | StoreError]:
         """Do *act* for each key under its shelf's lock, in order within a shelf.
 
@@ -216,6 +227,7 @@ class Batches:
             act: Returns the item's result; what it raises is the item's error.
             make: Make shelves that are not there; otherwise their items' result is *absent*.
             absent: See *make*.
+            lasting: What was done has to survive a power cut, where the folder is to be durable.
         """
         places = self._open(keys)
         groups: dict[tuple[str, int], list[int]] = {}
@@ -243,6 +255,12 @@ class Batches:
                 except StoreError as error:
                     results.update((at, error) for at in left)
                 break
+        if lasting and self._folder.ground is not None:
+            try:
+                self._folder.ground.settle(groups.keys())
+            except OSError as error:
+                doubt = store_error(error, self._folder.directory)
+                results.update((at, doubt) for at, result in results.items() if not isinstance(result, StoreError))
         return [results[at] for at in range(len(keys))]
 
     def _one(self, act: Callable[[Shelf, int, Place], T], shelf: Shelf, at: int, place: Place) -> T | StoreError:

@@ -18,11 +18,12 @@ Rules:
 - A frame's head decides when it has expired. So that sweeps, eviction and status need not open every file, its
   ``mtime`` repeats that (the last three digits of the nanoseconds are its kind), and ``atime`` is when it was last
   used, to a second. Both are hints: nothing is deleted as expired for a hint alone.
-- Only regular files with names of this pattern are ever read, replaced or deleted; links are never followed.
+- Only regular files with names of this pattern are ever read, replaced or deleted. Links are not followed, but for one
+  in place of a shelf, by readers: to look for it takes an eighth of a read, and only this user can have made it.
 """
 
 # Paths are made and checked on every call; as plain strings that takes a tenth of what pathlib takes.
-# ruff: noqa: PTH101, PTH102, PTH105, PTH108, PTH116, PTH118, PTH120, PTH208
+# ruff: noqa: PTH101, PTH105, PTH108, PTH116, PTH118, PTH120, PTH208
 
 from __future__ import annotations
 
@@ -38,6 +39,7 @@ from typing import Final
 from .._exceptions import StoreMisconfiguredError, StorePermissionError, StoreTimeoutError
 from . import _file_counters
 from ._file_counters import SHELVES, Table
+from ._file_durable import Ground, make_folder
 from ._file_memory import Memory
 from ._file_places import OTHER, TAG, Place, Places
 from ._file_shelf import (
@@ -69,19 +71,22 @@ class Folder(Places):
         directory: The application's folder; ours is inside. Made if it is missing, otherwise left as it is.
         prefix: What keys begin with, before their namespace.
         clock: Seconds since the epoch.
+        durable: Lasting changes survive a power cut; see ``_file_durable``.
+
+    Attributes:
+        ground: The folders that are known to be on disk; None where nothing has to be durable.
     """
 
-    def __init__(self, directory: str, prefix: bytes, clock: Callable[[], float]) -> None:
+    def __init__(self, directory: str, prefix: bytes, clock: Callable[[], float], *, durable: bool = False) -> None:
         super().__init__(prefix)
         self.directory = directory
         self.root = os.path.join(directory, "mcp_hub_cache")
         self.clock = clock
+        self.ground = Ground(self.root) if durable else None
         self._tables: dict[str, Table] = {}
         self._listed = 0
         self._closed: dict[str, int] = {}  # usage of namespaces whose tables are not open, as of the last refresh
         self._checked = False
-
-    # Where things are
 
     def spaces(self, prefix: bytes = b"") -> list[str]:
         """The namespace folders there are that may hold keys that start with *prefix*."""
@@ -153,7 +158,7 @@ class Folder(Places):
             facts = os.lstat(f"{self.root}/{space}/{_file_counters.NAME}")
         except OSError:
             return None
-        return table if table.inode == (facts.st_dev, facts.st_ino) else None
+        return table if table.is_at(facts) else None
 
     def check(self) -> bool:
         """Whether our folder is there.
@@ -166,8 +171,7 @@ class Folder(Places):
         except FileNotFoundError:
             self._checked = False
             return False
-        if self._checked:
-            return True
+        self._checked = False
         if not stat.S_ISDIR(facts.st_mode):
             raise StorePermissionError(
                 f"{self.root} is a link or a file, no folder of ours.", cure="Remove it, or point CACHE_DIR elsewhere."
@@ -177,9 +181,16 @@ class Folder(Places):
                 f"{self.root} belongs to user {facts.st_uid}, not to {os.geteuid()}.",
                 cure="Point CACHE_DIR to a folder of this user's own.",
             )
-        if facts.st_mode & 0o077:
+        mode = facts.st_mode
+        if mode & 0o077 and not mode & stat.S_IWOTH:  # a volume's fsGroup, a copy by another umask
             with suppress(OSError):
-                os.chmod(self.root, stat.S_IMODE(facts.st_mode) & 0o700)
+                os.chmod(self.root, stat.S_IMODE(mode) & 0o700)
+                mode = os.lstat(self.root).st_mode
+        if mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise StorePermissionError(
+                f"{self.root} may be written by others (mode {stat.S_IMODE(mode):03o}): what is in it is not trusted.",
+                cure="Remove it and let it be made anew, or point CACHE_DIR to a file system that keeps modes.",
+            )
         self._checked = True
         return True
 
@@ -193,8 +204,8 @@ class Folder(Places):
             chain.append(missing)
             missing = os.path.dirname(missing)
         for path in reversed(chain):
-            _make(path)
-        _make(self.root)
+            make_folder(path, sync=self.ground is not None)
+        make_folder(self.root, sync=False)  # as all below, it is synced when there is something in it
         self.check()
         with suppress(FileExistsError):
             write_new(f"{self.root}/{TAG}", _TAG_TEXT)
@@ -242,8 +253,10 @@ class Folder(Places):
             if not make:
                 raise
             self.build()
-            _make(f"{self.root}/{space}")
-            _make(path)
+            make_folder(f"{self.root}/{space}", sync=False)
+            make_folder(path, sync=False)
+            if self.ground is not None:
+                self.ground.loosen(space)
             fd = open_folder(path)
         try:
             return self._hold(fd, space, shelf, deadline)
@@ -311,6 +324,8 @@ class Folder(Places):
     def _forget(self, space: str) -> Table | None:
         """Let go of the namespace's table; what is in near caches by its counters is trusted no more."""
         table = self._tables.pop(space, None)
+        if self.ground is not None:
+            self.ground.loosen(space)
         if table is not None:
             table.changes.void()
         return table
@@ -319,7 +334,7 @@ class Folder(Places):
         return f"{self.root}/{space}/{_file_counters.NAME}"
 
     def open_table(self, space: str) -> Table | None:
-        """The namespace's table if it is open: no system call."""
+        """The namespace's table if it is open."""
         return self._tables.get(space)
 
     def memory(self, space: str) -> Memory | None:
@@ -356,7 +371,7 @@ class Folder(Places):
             self._listed = changed
 
     def usage(self) -> int:
-        """Bytes of disk taken, by the tables: no system call."""
+        """Bytes of disk taken, by the tables: one system call for each."""
         tables = self._tables.copy()
         closed = self._closed.copy() if self._closed else {}
         return sum(table.usage() for table in tables.values()) + sum(closed[space] for space in closed.keys() - tables)
@@ -380,11 +395,5 @@ class Folder(Places):
         self._checked = False
         self._closed.clear()
         self._listed = 0
-
-
-def _make(path: str) -> None:
-    try:
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        return
-    os.chmod(path, 0o700)  # whatever the umask took
+        if self.ground is not None:
+            self.ground.loosen()

@@ -24,11 +24,12 @@ from .._exceptions import (
     StorePermissionError,
     StoreReadOnlyError,
 )
-from .._frame import HEAD_SIZE, MAX_KEY_BYTES, MAX_MARKS, FrameError, Kind, claim, peek, unpack_head
+from .._frame import HEAD_SIZE, LONGEST_FRONT, FrameError, Kind, claim, peek, unpack_head
 from ._file_counters import Table
 
 # For all locks of one job; below the engine's own deadline, so that an outcome names the cause.
 LOCK_SECONDS: Final = 0.45
+UNDER_WAY: Final = 60.0  # seconds of life that a load's placeholder never has more than: others are tags' marks
 BLOCK: Final = 4096  # what a file system gives a small file; usage is counted in these
 FILE_NAME: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
@@ -39,7 +40,6 @@ _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLO
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _AT_ONCE: Final = fcntl.LOCK_EX | fcntl.LOCK_NB
 _LARGE: Final = 1 << 20
-_LONGEST_FRONT: Final = HEAD_SIZE + MAX_KEY_BYTES + 24 * MAX_MARKS
 _FAR: Final = 1 << 33  # the year 2242: "for ever", and within what file systems can say
 _DAMAGED_FOR: Final = 86_400.0  # seconds that a file of ours which can't be read is kept for people to look at
 
@@ -148,7 +148,7 @@ def read_frame(
         if size is None and length > _LARGE:
             # What is no frame, or is longer than its head says, need not fill the memory: the head is enough to tell.
             head = peek(os.pread(file, HEAD_SIZE, 0))
-            if head is None or length - head.payload_length > _LONGEST_FRONT:
+            if head is None or length - head.payload_length > LONGEST_FRONT:
                 length = HEAD_SIZE
         data = os.read(file, length)
         while len(data) < length and (more := os.read(file, length - len(data))):
@@ -236,8 +236,14 @@ class Shelf:
         """The first *size* bytes, expired or not; None: not there, or no file of ours."""
         return read_frame(name, _never, size=size, fd=self._fd)
 
-    def put(self, name: str, frame: bytes) -> None:
-        """Let *frame* take the place of what is there. On an error what was there still is."""
+    def put(self, name: str, frame: bytes, *, sync: bool = False) -> None:
+        """Let *frame* take the place of what is there. On an error what was there still is.
+
+        Args:
+            name: The file.
+            frame: Its bytes.
+            sync: Have the bytes on disk first. For the name to be there, too, see ``Ground.settle``.
+        """
         fd, table = self._fd, self._table
         more = charge_of(len(frame))
         try:
@@ -260,6 +266,8 @@ class Shelf:
                 try:
                     _write_all(file, frame)
                     os.utime(file, ns=(time.time_ns(), hint_of(frame)))
+                    if sync:
+                        os.fsync(file)
                 finally:
                     os.close(file)
                 os.replace(temp, name, src_dir_fd=fd, dst_dir_fd=fd)

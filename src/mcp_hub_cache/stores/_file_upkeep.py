@@ -22,7 +22,7 @@ from .._exceptions import StoreError, StoreTimeoutError
 from .._frame import HEAD_SIZE, FrameError, Kind, is_live, key_of, unpack_head
 from ._file_folder import Folder
 from ._file_places import Place
-from ._file_shelf import LOCK_SECONDS, Seen, Shelf, is_live_entry, look, store_error
+from ._file_shelf import LOCK_SECONDS, UNDER_WAY, Seen, Shelf, is_live_entry, look, store_error
 
 T = TypeVar("T")
 Shelves = Sequence[tuple[str, int]]
@@ -33,7 +33,6 @@ _SLICE: Final = 0.005
 _FRONT: Final = 2048  # a head and nearly every key
 _PATIENCE: Final = 0.05  # for the lock of a shelf that upkeep can as well do later
 _PASSES: Final = 3
-_UNDER_WAY: Final = 60.0  # seconds of life that a load's placeholder never has more than: others are tags' marks
 
 
 class _Candidate(NamedTuple):
@@ -87,6 +86,11 @@ def clear(folder: Folder, prefix: bytes, shelves: Shelves) -> tuple[int, StoreEr
             return error
 
     results, left = slice_of(shelves, one)
+    if folder.ground is not None:
+        try:
+            folder.ground.settle(shelves[: len(results)])
+        except OSError as error:
+            results.append(store_error(error, folder.directory))
     trouble = next((result for result in results if isinstance(result, StoreError)), None)
     return sum(result for result in results if not isinstance(result, StoreError)), trouble, left
 
@@ -167,7 +171,7 @@ def _make_room(folder: Folder, limit: int, target: int) -> Steps:
         for seen in files:
             total += seen.charge
             live = seen.until > now
-            if live and seen.kind == Kind.PLACEHOLDER and seen.until < now + _UNDER_WAY:
+            if live and seen.kind == Kind.PLACEHOLDER and seen.until < now + UNDER_WAY:
                 continue
             age = -seen.used if live else 0
             if gain >= need and age < oldest[0].age:

@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from .._frame import MAGIC, Kind
 from .._protocols import Write
 from ._redis_wire import pack
 
 _TOUCHED: Final = 128  # keys of one command
+_ENTRY: Final = bytes([Kind.ENTRY])
 _MAX_MS: Final = 10**15  # 31,000 years; the server refuses what would overflow its clock
 
 
@@ -37,9 +39,14 @@ def set_all(writes: Sequence[Write]) -> bytes:
     return b"".join(parts)
 
 
-def get_ranges(keys: Sequence[bytes], last: bytes) -> bytes:
-    """One GETRANGE for each of *keys*, from the first byte to the one numbered *last*."""
-    return b"".join([pack((b"GETRANGE", key, b"0", last)) for key in keys])
+def get_range(key: bytes, last: bytes) -> bytes:
+    """GETRANGE of *key*, from the first byte to the one numbered *last*."""
+    return pack((b"GETRANGE", key, b"0", last))
+
+
+def is_entry(start: bytes) -> bool:
+    """Whether a frame's first six bytes say that it is an entry, of whichever version."""
+    return start[:4] == MAGIC and start[5:] == _ENTRY
 
 
 def touches(keys: Sequence[bytes]) -> list[bytes]:

@@ -17,27 +17,29 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.driver_info import DriverInfo
+from redis.exceptions import ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 
 from .._exceptions import StoreError, StoreUnreachableError
 from ._redis_address import Address
-from ._redis_errors import not_redis, speaks_plain, speaks_tls, store_error
+from ._redis_errors import no_primary, not_redis, speaks_plain, speaks_tls, store_error
 
 
-async def open_connection(address: Address, timeout: float) -> asyncio.StreamWriter:
+async def open_connection(address: Address, timeout: float, *, primary: bool = False) -> asyncio.StreamWriter:
     """Return the stream of a new connection: authenticated, database selected, nothing read ahead.
 
     Args:
         address: The server.
         timeout: The caller's deadline, which it keeps itself: after half of it a TLS handshake that gets no answer is
             looked into.
+        primary: Whether the server must say first that it is no replica.
 
     Raises:
         StoreError: It could not be had; says why.
@@ -45,13 +47,15 @@ async def open_connection(address: Address, timeout: float) -> asyncio.StreamWri
     connection = _connection(address)
     try:
         await _connect(connection, address, timeout)
+        if primary:
+            await _confirm_primary(connection, address)
         leftover = await connection.can_read()
     except BaseException as error:
         await connection.disconnect(nowait=True)
         if not isinstance(error, Exception):
             raise
         failed = store_error(error, address.where)
-        if isinstance(failed, StoreUnreachableError) and _was_there(error):
+        if failed is not error and isinstance(failed, StoreUnreachableError) and _was_there(error):
             failed = await _explanation(address, timeout / 4) or failed
         raise failed from None
     if leftover:
@@ -63,6 +67,41 @@ async def open_connection(address: Address, timeout: float) -> asyncio.StreamWri
     assert writer is not None
     connection._writer = None  # noqa: SLF001  # or it warns, when it is collected, that nobody closed it
     return writer
+
+
+async def ask(address: Address, timeout: float, *commands: tuple[str, ...]) -> list[Any]:
+    """Return the replies to *commands*, error replies among them, over a connection of their own.
+
+    Raises:
+        StoreError: The server could not be asked within *timeout* seconds.
+    """
+    connection = _connection(address)
+    try:
+        async with asyncio.timeout(timeout):
+            await _connect(connection, address, timeout)
+            return await _ask(connection, commands)
+    except Exception as error:  # noqa: BLE001  # whatever the driver raises
+        raise store_error(error, address.where) from None
+    finally:
+        await connection.disconnect(nowait=True)
+
+
+async def _confirm_primary(connection: AbstractConnection, address: Address) -> None:
+    (role,) = await _ask(connection, (("ROLE",),))
+    if isinstance(role, list) and role[0] != b"master":
+        raise no_primary(address.where)
+
+
+async def _ask(connection: AbstractConnection, commands: Sequence[tuple[str, ...]]) -> list[Any]:
+    replies: list[Any] = []
+    for command in commands:
+        await connection.send_command(*command)
+    for _ in commands:
+        try:
+            replies.append(await connection.read_response())
+        except ResponseError as error:
+            replies.append(error)
+    return replies
 
 
 def _connection(address: Address) -> AbstractConnection:

@@ -54,7 +54,7 @@ _CA: Final = (
     "verification stays on."
 )
 _HOST_NAME: Final = "Name the server in REDIS_HOST or REDIS_URL as its certificate does."
-_CLUSTER: Final = "Name a server that is no cluster node: Redis Cluster needs a cluster client."
+_CLUSTER: Final = "For Redis Cluster set REDIS_CLUSTER=true (cluster=True); else name a server that is no node of one."
 
 _Row = tuple[type[StoreError], str, str]
 
@@ -185,6 +185,14 @@ def unreachable(where: str, reason: str) -> StoreUnreachableError:
 def lost(where: str) -> StoreUnreachableError:
     """The connection ended while an answer was due."""
     return StoreUnreachableError(f"Redis connection failed: {where} closed the connection.", cure=_REACH)
+
+
+def no_primary(where: str) -> StoreUnreachableError:
+    """Sentinel names a server that is a replica: a failover is under way."""
+    return StoreUnreachableError(
+        f"Redis connection failed: {where} is a replica, though Sentinel names it as the primary.",
+        cure="During a failover this passes by itself; else check the sentinels' configuration.",
+    )
 
 
 def timed_out(where: str, timeout: float) -> StoreTimeoutError:

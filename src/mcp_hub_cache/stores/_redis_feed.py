@@ -37,10 +37,10 @@ from weakref import WeakSet
 from .._changes import SLOTS, Changes
 from .._exceptions import StoreBusyError, StoreError, StoreExhaustedError, StoreProtocolError, StoreTimeoutError
 from ._failover_breaker import Backoff
-from ._redis_address import Address
 from ._redis_clock import Clock, steady
 from ._redis_errors import lost, store_error
 from ._redis_news import News, open_news
+from ._redis_places import Place
 from ._redis_wire import Wires
 
 _log = logging.getLogger("mcp_hub_cache")
@@ -60,13 +60,13 @@ class Feed:
 
     Args:
         loop: The running loop.
-        address: The server.
+        place: The server's.
         prefix: What the keys begin with.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, address: Address, prefix: bytes) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, place: Place, prefix: bytes) -> None:
         self._loop = loop
-        self._address = address
+        self._place = place
         self._prefix = prefix
         self._words: list[int] = []  # made when somebody asks; until then own writes cost nothing here
         self._changes: Changes | None = None
@@ -183,7 +183,7 @@ class Feed:
             return
         if self._due and not self._told:
             self._mute = True
-            self.on_lost(news, _mute(self._address.where))
+            self.on_lost(news, _mute(self._place.where))
             return
         self._changes.until, self._pinged, self._missed = self._pinged + TRUST, None, 0
         self._backoff.reset()
@@ -194,7 +194,13 @@ class Feed:
             self._let_go()
             self._fail(error)
 
+    def renew(self) -> None:
+        """Void everything and connect anew: the server is not the right one any more."""
+        if self._news is not None:
+            self.on_lost(self._news, lost(self._place.where))
+
     def _ping(self, news: News) -> None:
+        self._place.check()
         self._pinged = steady()
         self._due = self._owed
         news.ping()
@@ -209,7 +215,7 @@ class Feed:
         if self._pinged is not None:
             self._missed += 1
             if self._missed >= _MISSED:
-                self.on_lost(news, _late(self._address.where))
+                self.on_lost(news, _late(self._place.where))
                 return
         elif self._silence >= _REST:
             return
@@ -229,7 +235,7 @@ class Feed:
             if not self._words:
                 self._words = [0] * SLOTS
             self._asked = False
-            opening = open_news(self, self._address, self._prefix, TRUST)
+            opening = open_news(self, self._place, self._prefix, TRUST)
             self._opening = task = self._loop.create_task(opening, name="mcp_hub_cache: feed from Redis")
             self._ending.add(task)
             task.add_done_callback(self._opened)
@@ -241,7 +247,7 @@ class Feed:
             return
         if (error := task.exception()) is not None:
             if not self._closed:
-                self._fail(store_error(error, self._address.where))
+                self._fail(store_error(error, self._place.where))
             return
         news = task.result()
         if not news.closed.done():
@@ -250,7 +256,7 @@ class Feed:
         if self._closed:
             news.abort()
         elif news.closed.done():
-            self._fail(lost(self._address.where))
+            self._fail(lost(self._place.where))
         else:
             self._begin(news)
 
@@ -308,27 +314,36 @@ class Connections(Wires):
     """All connections of one loop: the wires and, where two or more are allowed, the feed's.
 
     Attributes:
+        place: Where they lead.
         feed: None: there is no room for it.
     """
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        address: Address,
+        place: Place,
         timeout: float,
         clock: Clock,
         limit: int,
         *,
         prefix: bytes,
     ) -> None:
-        self.feed = Feed(loop, address, prefix) if limit > 1 else None
-        super().__init__(loop, address, timeout, clock, limit if self.feed is None else limit - 1)
+        self.place = place
+        self.feed = Feed(loop, place, prefix) if limit > 1 else None
+        super().__init__(loop, place, timeout, clock, limit if self.feed is None else limit - 1)
+
+    def renew(self) -> None:
+        """Fail what waits, void what the feed has told, and connect anew for what comes."""
+        super().renew()
+        if self.feed is not None:
+            self.feed.renew()
 
     async def aclose(self) -> None:
         """Close all of them."""
         if self.feed is not None:
             await self.feed.aclose()
         await super().aclose()
+        await self.place.aclose()
 
 
 def _release(futures: Sequence[asyncio.Future[None]]) -> None:

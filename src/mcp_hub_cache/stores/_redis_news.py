@@ -14,9 +14,8 @@ import asyncio
 from typing import Any, Final, Protocol
 
 from .._exceptions import StoreError, StorePermissionError
-from ._redis_address import Address
-from ._redis_driver import open_connection
 from ._redis_errors import lost, not_redis, store_error
+from ._redis_places import Place
 from ._redis_wire import NOTHING, ReplyError, pack, parser
 
 _CHANNEL: Final = b"__redis__:invalidate"
@@ -144,7 +143,7 @@ class News(asyncio.Protocol):
         return error
 
 
-async def open_news(listener: Listener, address: Address, prefix: bytes, timeout: float) -> News:
+async def open_news(listener: Listener, place: Place, prefix: bytes, timeout: float) -> News:
     """Return a connection on which the server tells, confirmed, what changes under *prefix*.
 
     Raises:
@@ -156,7 +155,8 @@ async def open_news(listener: Listener, address: Address, prefix: bytes, timeout
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(timeout):
-            news = News(listener, address.where, loop, await open_connection(address, timeout))
+            writer = await place.open(timeout)
+            news = News(listener, place.where, loop, writer)
             try:
                 await news.subscribe(prefix)
             except BaseException:
@@ -164,5 +164,5 @@ async def open_news(listener: Listener, address: Address, prefix: bytes, timeout
                 await news.closed
                 raise
     except TimeoutError as error:
-        raise store_error(error, address.where) from None
+        raise store_error(error, place.where) from None
     return news

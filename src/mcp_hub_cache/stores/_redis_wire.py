@@ -30,9 +30,9 @@ from .._answer import Answer
 from .._exceptions import StoreError
 from ._redis_address import Address
 from ._redis_clock import Clock, steady
-from ._redis_driver import open_connection
 from ._redis_errors import lost, not_redis, store_error, timed_out, unreachable
 from ._redis_outlet import Outlet
+from ._redis_places import IDENTIFY, Fixed, Place
 
 __all__ = ["NOTHING", "Doubt", "ReplyError", "Wire", "Wires", "pack", "parser"]
 
@@ -47,9 +47,9 @@ NOTHING: Final = object()
 
 _LATE: Final = 0.05  # seconds by which a timer may be late before the process counts as busy
 _GRACE: Final = 0.1  # seconds granted then
-_ASK_EVERY: Final = 60.0  # seconds of use between questions for the time
 _BUFFER: Final = 256 * 1024
 _TIME: Final = pack((b"TIME",))
+_QUESTION: Final = _TIME + b"".join(map(pack, IDENTIFY))
 
 
 def parser() -> hiredis.Reader:
@@ -94,6 +94,7 @@ class _Link(asyncio.BufferedProtocol):
         self.write = self._outlet.write
         self.closed: asyncio.Future[None] = loop.create_future()
         self.pending: deque[_Request] = deque()
+        self.asked: _Request | None = None  # what it was asked first of all
         self.heard = False
         self._buffer = bytearray(_BUFFER)
         # A view, since asyncio's TLS reads into slices of what it gets: of a bytearray, they would be copies.
@@ -161,14 +162,14 @@ class Wire:
 
     Args:
         loop: The running loop.
-        address: The server.
+        place: Where to connect: a server's address, or what finds it.
         timeout: Seconds from ``send`` to the answer, connecting included.
         clock: Learns the server's time with every connect, and now and then.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, address: Address, timeout: float, clock: Clock) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, place: Address | Place, timeout: float, clock: Clock) -> None:
         self._loop = loop
-        self._address = address
+        self._place: Place = Fixed(place) if isinstance(place, Address) else place
         self._timeout = timeout
         self._clock = clock
         self._pending: deque[_Request] = deque()
@@ -177,11 +178,18 @@ class Wire:
         self._timer: asyncio.TimerHandle | None = None
         self._graced: _Request | None = None
         self._ask_at = 0.0
+        self._question = _QUESTION
         self._ending: set[asyncio.Future[Any]] = set()  # given up, but not over yet
         self._closed = False
 
     def send(
-        self, data: bytes | Sequence[bytes], count: int, convert: Callable[[list[Any]], T], *, again: bool = False
+        self,
+        data: bytes | Sequence[bytes],
+        count: int,
+        convert: Callable[[list[Any]], T],
+        *,
+        again: bool = False,
+        since: float | None = None,
     ) -> Answer[T]:
         """Send commands and return the future of their answer.
 
@@ -191,15 +199,17 @@ class Wire:
             convert: Makes the answer of the replies, error replies among them as ``ReplyError`` objects. Called at most
                 once, while bytes are being taken in: must be quick. May raise ``StoreError`` or ``Doubt``.
             again: Whether doing it twice is no worse than doing it once.
+            since: The loop's time that the deadline counts from; None: now.
 
         Cancellation:
             Cancelling the future stops nothing that was sent.
         """
         future: Answer[T] = Answer(loop=self._loop)
         if self._closed:
-            future.set_exception(unreachable(self._address.where, "The store was closed."))
+            future.set_exception(unreachable(self._place.where, "The store was closed."))
             return future
-        request = _Request(future, data, count, convert, self._loop.time(), again=again)
+        sent = self._loop.time() if since is None else since
+        request = _Request(future, data, count, convert, sent, again=again)
         pending = self._pending
         pending.append(request)
         link = self._link
@@ -222,7 +232,7 @@ class Wire:
         task.add_done_callback(self._opened)
 
     async def _connect(self) -> _Link:
-        writer = await open_connection(self._address, self._timeout)
+        writer = await self._place.open(self._timeout)
         link = _Link(self, self._loop, writer)
         writer.transport.set_protocol(link)
         return link
@@ -234,36 +244,39 @@ class Wire:
             self._opening = None
         if task.cancelled():
             if not given_up:
-                self._fail(unreachable(self._address.where, "Connecting was cancelled."))
+                self._fail(unreachable(self._place.where, "Connecting was cancelled."))
         elif (error := task.exception()) is not None:
             if not given_up:
-                self._fail(store_error(error, self._address.where))
+                self._fail(store_error(error, self._place.where))
         elif given_up:
             self._end(task.result())
         elif task.result().closed.done():
-            self._fail(lost(self._address.where))
+            self._fail(lost(self._place.where))
         else:
             self._begin(task.result())
 
     def _begin(self, link: _Link) -> None:
-        """Send what has gathered, behind a question for the time."""
+        """Send what has gathered, behind the question for the time and who it is."""
         waiting = [request for request in self._pending if not request.future.done()]
-        question = self._question(waiting[0].sent if waiting else self._loop.time())
+        link.asked = question = self._ask(waiting[0].sent if waiting else self._loop.time())
         link.pending = self._pending = deque([question, *waiting])
         self._link = link
         for request in self._pending:
             link.write(request.data)
 
-    def _question(self, sent: float) -> _Request:
-        self._ask_at = self._loop.time() + _ASK_EVERY
+    def _ask(self, sent: float) -> _Request:
+        self._ask_at = self._loop.time() + self._place.ask_every
         asked = steady()
         future: Answer[None] = Answer(loop=self._loop)
         future.add_done_callback(_retrieve)
-        return _Request(future, _TIME, 1, lambda replies: self._learn(replies[0], asked), sent, again=False)
+        count = 3 if self._question is _QUESTION else 1
+        return _Request(future, self._question, count, lambda replies: self._learn(replies, asked), sent, again=False)
 
-    def _learn(self, reply: Any, asked: float) -> None:
-        if isinstance(reply, list) and len(reply) == 2:  # an ACL may refuse it: then this machine's clock does
-            self._clock.learn(int(reply[0]) + int(reply[1]) / 1e6, asked, steady())
+    def _learn(self, replies: list[Any], asked: float) -> None:
+        time, *identity = replies
+        if isinstance(time, list) and len(time) == 2:  # an ACL may refuse it: then this machine's clock does
+            self._clock.learn(int(time[0]) + int(time[1]) / 1e6, asked, steady())
+        self._place.met(identity)
 
     # Ending
 
@@ -272,8 +285,12 @@ class Wire:
         if link is not self._link:
             return
         self._link = None
+        self._place.lost()
+        if self._pending and self._pending[0] is link.asked:
+            # Some proxies hang up on a command that they don't know. Nothing else was answered yet.
+            self._question, link.heard = _TIME, False
         if link.heard or self._closed:
-            self._fail(lost(self._address.where))
+            self._fail(lost(self._place.where))
             return
         repeated = deque(request for request in self._pending if request.again and not request.future.done())
         failed = [request for request in self._pending if not request.again]
@@ -282,14 +299,15 @@ class Wire:
             request.again = False
         if repeated:
             self._open()
-        _fail(failed, lost(self._address.where))  # last: who hears of it may send at once
+        _fail(failed, lost(self._place.where))  # last: who hears of it may send at once
 
     def on_doubt(self, link: _Link) -> None:
         """*link* brought something that can't be told apart from a mix-up."""
         self._end(link)
         if link is self._link:
             self._link = None
-            self._fail(not_redis(self._address.where))
+            self._place.lost()
+            self._fail(not_redis(self._place.where))
 
     def _fail(self, error: StoreError) -> None:
         failed, self._pending = self._pending, deque()
@@ -298,6 +316,14 @@ class Wire:
             self._timer = None
         _fail(failed, error)
 
+    def renew(self) -> None:
+        """Give up the connection and fail what waits for its answers: the server is not the right one any more.
+
+        One that is being opened is the place's to judge.
+        """
+        if self._link is not None:
+            self._drop(lost(self._place.where))
+
     def _drop(self, error: StoreError) -> None:
         """Give up the connection, or opening it, and fail what waits for it."""
         if self._opening is not None:
@@ -305,6 +331,7 @@ class Wire:
             opening.cancel()
         if self._link is not None:
             link, self._link = self._link, None
+            self._place.lost()
             self._end(link)
         self._fail(error)
 
@@ -319,15 +346,16 @@ class Wire:
         now = self._loop.time()
         if now >= self._ask_at and self._link is not None:
             self._link.heard = self._link.heard and bool(self._pending)
-            self._pending.append(self._question(now))
-            self._link.write(_TIME)
+            self._pending.append(self._ask(now))
+            self._link.write(self._question)
+            self._place.check()
         if not self._pending:
             return
         oldest = self._pending[0]
         next_due = oldest.sent + self._timeout
         if next_due <= now:
             if now - due <= _LATE or oldest is self._graced:
-                self._drop(timed_out(self._address.where, self._timeout))
+                self._drop(timed_out(self._place.where, self._timeout))
                 return
             self._graced, next_due = oldest, now + _GRACE
         self._timer = self._loop.call_at(next_due, self._watch, next_due)
@@ -335,7 +363,7 @@ class Wire:
     async def aclose(self) -> None:
         """Fail what is pending, end the connection, and return when it is over."""
         self._closed = True
-        self._drop(unreachable(self._address.where, "The store was closed."))
+        self._drop(unreachable(self._place.where, "The store was closed."))
         self._graced = None
         while self._ending:
             await asyncio.wait(self._ending)
@@ -349,13 +377,18 @@ class Wires:
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, address: Address, timeout: float, clock: Clock, limit: int
+        self, loop: asyncio.AbstractEventLoop, place: Address | Place, timeout: float, clock: Clock, limit: int
     ) -> None:  # fmt: skip
-        self._all = [Wire(loop, address, timeout, clock) for _ in range(min(limit, 4))]
+        self._all = [Wire(loop, place, timeout, clock) for _ in range(min(limit, 4))]
         self.reads = self._all[0]
         self.writes = self._all[min(1, len(self._all) - 1)]
         self.bulk = self._all[min(2, len(self._all) - 1)]
         self.admin = self._all[-1]
+
+    def renew(self) -> None:
+        """Fail what waits on any of them, and connect anew for what comes."""
+        for wire in self._all:
+            wire.renew()
 
     async def aclose(self) -> None:
         """Close all of them."""

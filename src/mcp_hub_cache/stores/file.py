@@ -13,8 +13,8 @@ future for each took longer than the work (``_file_threads``).
 Rules:
 - Jobs hold no lock of this process, so that a fork never inherits one; the child makes threads of its own.
 - Threads are few and ours: a folder that hangs (a dead mount) stalls this store and nothing else in the process.
-- Stamps come from a mapped table (``_file_counters``) and cost no system call. They are coherent between processes of
-  one host; on a network file system, other hosts' changes are not seen.
+- Stamps come from a table in a file (``_file_counters``), by one system call that waits for nothing. They are coherent
+  between processes of one host; on a network file system, other hosts' changes are not seen.
 - Somebody who deletes the folder by hand is noticed by the next call, and without one within a second.
 """
 
@@ -33,7 +33,7 @@ from typing import Any, Final, TypeVar
 
 from aiofiles.os import wrap
 
-from .._answer import Answer, when_done
+from .._answer import Answer, pass_on, when_done
 from .._changes import Slot
 from .._exceptions import StoreError, StoreUnreachableError
 from .._frame import HEAD_SIZE
@@ -87,6 +87,8 @@ class FileStore:
         threads: Jobs that may run at once.
         sweep_interval: Seconds between sweeps of expired files, at least: a folder that takes long to sweep is swept
             less often, so that it never costs more than a twentieth of the time.
+        durable: What a call has stored or removed when it returns is so after a power cut, too (fsync of files and
+            folders). Without it a power cut may lose the last seconds; what is torn then is never served.
         clock: Seconds since the epoch.
         on_evict: Called on the event loop with the number of entries dropped for room.
     """
@@ -101,6 +103,7 @@ class FileStore:
         max_bytes: int | None = 1 << 30,
         threads: int = 4,
         sweep_interval: float = 5.0,
+        durable: bool = False,
         clock: Callable[[], float] = time.time,
         on_evict: Callable[[int], None] | None = None,
     ) -> None:
@@ -120,7 +123,7 @@ class FileStore:
         self._threads = threads
         self._sweep_interval = sweep_interval
         self._clock = clock
-        self._folder = Folder(os.path.abspath(os.path.expanduser(directory)), prefix.encode(), clock)
+        self._folder = Folder(os.path.abspath(os.path.expanduser(directory)), prefix.encode(), clock, durable=durable)
         self._batches = Batches(self._folder, self.id, max_bytes)
         self._slots: dict[bytes, tuple[str, int]] = {}
         self._local = PerLoop(
@@ -184,7 +187,7 @@ class FileStore:
             if self._local.peek() is None:
                 future.set_exception(StoreUnreachableError("the store was closed while it was asked."))
             else:
-                when_done(self._job(self._batches.get, keys), partial(_pass_on, future))
+                when_done(self._job(self._batches.get, keys), partial(pass_on, future))
         else:
             future.set_result([found])
 
@@ -381,16 +384,6 @@ class FileStore:
             return
         if dropped and self.on_evict is not None:
             self.on_evict(dropped)
-
-
-def _pass_on(future: asyncio.Future[T], job: asyncio.Future[T]) -> None:
-    if future.done():
-        return
-    error = job.exception()
-    if error is None:
-        future.set_result(job.result())
-    else:
-        future.set_exception(error)
 
 
 def _call(folder: Folder, work: Callable[..., Any], *args: object) -> Any:

@@ -268,14 +268,18 @@ class MemoryStore:
 
     async def info(self) -> Mapping[str, str | int | float]:
         """Entries and bytes held."""
-        expired = 0
+        live = expired = 0
         for keys in self._pages():
             now = self._clock()
-            held = (entry for entry in map(self._entries.get, keys) if entry is not None)
-            expired += sum(1 for frame, dead in held if now >= dead or not is_live(peek(frame), now))
+            for frame, dead in filter(None, map(self._entries.get, keys)):
+                head = peek(frame)
+                if now >= dead or not is_live(head, now):
+                    expired += 1
+                else:
+                    live += head is not None and head.kind == Kind.ENTRY
             await asyncio.sleep(0)
         return {
-            "total_keys": max(0, len(self._entries) - expired),
+            "total_keys": live,
             "expired_keys": expired,
             "total_bytes": self._size,
         }

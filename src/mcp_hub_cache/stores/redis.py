@@ -8,12 +8,10 @@ Rules:
 - Everything that changes a key goes over one wire, in the order called: a delete that follows a write arrives after
   it, even where the writer was cancelled meanwhile. Reads have a wire of their own, and reads of big values
   another.
-- Scripts are sent whole, with EVAL. EVALSHA would save 6 to 9 % of a fenced write, and cost a second round trip,
-  out of order with what was sent since, whenever the server has forgotten them (restart, promotion, SCRIPT FLUSH).
 - Nothing outside of the prefix that was asked for is ever touched: SCAN and UNLINK, never FLUSHDB.
 - Every change is told to the feed (``_redis_feed``) as it is sent, and again when it is answered.
-- A key of another type (a list, a hash) reads as nothing, begins as a frame without bytes, and is replaced by the
-  write that follows.
+- A cluster is another class (``_redis_cluster``), so that one server's calls ask nothing about it. What a command says,
+  and what its reply means, is the same (``_redis_calls``).
 """
 
 from __future__ import annotations
@@ -23,41 +21,38 @@ import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
 from functools import partial
 from os import PathLike
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Self, TypeVar, cast
 
 from .._changes import SLOTS, Slot
-from .._exceptions import StoreError
-from .._frame import MAGIC, TOKEN, Kind, placeholder
 from .._lifetime import PerLoop
-from .._protocols import Begun, Fence, Held, Outcome, Patch, Write
-from .._tokens import new_token
-from . import next_store_id
-from ._redis_address import make_address
-from ._redis_clock import Clock
-from ._redis_commands import escape, facts_of, get_ranges, px, set_all, touches
-from ._redis_errors import store_error
+from .._protocols import Outcome, Write
+from ._redis_calls import Calls, Command, done
+from ._redis_commands import escape, facts_of, get_range, is_entry, set_all, touches
 from ._redis_feed import Connections, Feed
-from ._redis_outlet import BIG, in_parts
-from ._redis_scripts import BEGIN, DELETE, PATCH, RELEASE, RENEW, WRITE
-from ._redis_wire import Doubt, ReplyError, pack
+from ._redis_outlet import BIG
+from ._redis_places import Fixed, Identity
+from ._redis_sentinel import Sentinels
+from ._redis_target import make_target
+from ._redis_wire import Doubt, Wire, pack
 
 T = TypeVar("T")
 
-_BIG_KEYS: Final = 1024  # how many such keys are remembered
 _PAGE: Final = b"500"
 
-_OUTCOMES: Final[dict[bytes | int, Outcome]] = {b"OK": "done", 1: "done", 0: "refused"}
 
+class RedisStore(Calls):
+    """Frames in Redis 6 or later, or Valkey: one server, the primary that Sentinel names, or a cluster.
 
-class RedisStore:
-    """Frames in Redis 6 or later, or Valkey. Connects when first used.
+    Connects when first used.
 
     Args:
         url: ``redis://[[user]:password@]host[:port][/db]``; ``rediss://`` for TLS, ``unix:///path`` for a socket,
             and the same with ``valkey``. Wins over the parts, but user name and password may stand apart from it.
+            ``sentinel://[user:password@]host:port,host:port/service[/db]``, and ``sentinels://`` where sentinels and
+            servers have TLS. For a cluster ``redis://host:port,host:port`` names several nodes to start from.
         host: Name or address.
         port: 1 to 65535.
-        db: Number of the database.
+        db: Number of the database; a cluster has 0 alone.
         username: An ACL user's; None: the default user.
         password: None or empty: none.
         ssl: TLS. With a URL it must agree with it.
@@ -66,19 +61,35 @@ class RedisStore:
         client_cert: PEM file of a certificate for servers that ask for one.
         client_key: PEM file of its key, if it stands apart.
         tls_insecure: Give up verifying whom one talks to: anybody on the way can read and change everything.
+        sentinels: ``"host:port,host:port"``, or a list of such; in place of url, host and port.
+        sentinel_service: What the sentinels call the primary; None: mymaster.
+        sentinel_username: For the sentinels themselves.
+        sentinel_password: The same.
+        cluster: Redis Cluster; host and port, or the URL, name one node or several to start from.
         timeout: Seconds for a call, connecting included; more than 0.
-        max_connections: At least 1; up to 5 are used. With 1 there is no feed, and so no near cache.
+        max_connections: At least 1; up to 5 are used; to each node of a cluster, up to 4. With 1 there is no feed, and
+            so no near cache; in a cluster there is none in any case.
         prefix: Of the keys that the feed watches, for near caches; other keys have no stamps.
 
     Attributes:
-        lane: See ``Store.lane``: "bulk" for keys lately seen with a big value.
+        lane: See ``Store.lane``: "bulk" for keys lately seen with a big value; in a cluster, of each node.
         now: Seconds since the epoch as the server tells it; this machine's before the first connect.
+        on_replaced: See ``Replaceable``.
 
     Raises:
         ValueError: A part is out of range, contradicts another, or would weaken TLS.
     """
 
     name = "redis"
+    on_replaced: Callable[[], None] | None = None
+
+    def __new__(cls, *args: Any, cluster: bool = False, **parts: Any) -> Self:  # noqa: ARG004  # __init__'s
+        """Make a store of the class that the target takes."""
+        if cluster and cls is RedisStore:
+            from ._redis_cluster import ClusterStore  # noqa: PLC0415  # it is derived from this class
+
+            return cast("Self", object.__new__(ClusterStore))
+        return object.__new__(cls)
 
     def __init__(
         self,
@@ -95,6 +106,11 @@ class RedisStore:
         client_cert: str | PathLike[str] | None = None,
         client_key: str | PathLike[str] | None = None,
         tls_insecure: bool = False,
+        sentinels: str | Sequence[str] | None = None,
+        sentinel_service: str | None = None,
+        sentinel_username: str | None = None,
+        sentinel_password: str | None = None,
+        cluster: bool = False,
         timeout: float = 0.5,
         max_connections: int = 50,
         prefix: str | bytes = "mcp_hub:",
@@ -103,9 +119,14 @@ class RedisStore:
             raise ValueError(f"timeout must be a number of seconds, more than 0, not {timeout!r}")
         if max_connections < 1:
             raise ValueError(f"max_connections must be 1 or more, not {max_connections!r}")
-        self.id = next_store_id()
-        self._address = address = make_address(
+        super().__init__()
+        self._target = target = make_target(
             url,
+            sentinels=sentinels,
+            sentinel_service=sentinel_service,
+            sentinel_username=sentinel_username,
+            sentinel_password=sentinel_password,
+            cluster=cluster,
             host=host,
             port=port,
             db=db,
@@ -118,28 +139,45 @@ class RedisStore:
             client_key=client_key,
             tls_insecure=tls_insecure,
         )
-        self._clock = clock = Clock()
-        self._big: dict[bytes, str] = {}  # keys seen with a big value, latest last, and their lane
+        self._address = target.address
+        self._where = target.where
+        self._timeout = timeout
+        self._max_connections = max_connections
+        self._prefix = prefix.encode() if isinstance(prefix, str) else prefix
+        self._identity = Identity(self._replaced)
         # Asked for every read: two frames less each, where it is the table's own look-up.
         self.lane: Callable[[bytes], Hashable] = self._big.get
-        self.now: Callable[[], float] = clock.now
-        self._prefix = watched = prefix.encode() if isinstance(prefix, str) else prefix
         self._wires: PerLoop[Connections] = PerLoop(
-            lambda loop: Connections(loop, address, timeout, clock, max_connections, prefix=watched),
-            owner=f"the Redis store at {address.where}",
-            close=Connections.aclose,
-            at_loop_end=False,
+            self._connections, owner=f"the Redis store at {self._where}", close=Connections.aclose, at_loop_end=False
         )
 
+    def _connections(self, loop: asyncio.AbstractEventLoop) -> Connections:
+        sentinels = None
+        if self._target.service is not None:
+            sentinels = Sentinels(loop, self._target, self._timeout, self._identity)
+        place = sentinels or Fixed(self._address, self._identity)
+        made = Connections(loop, place, self._timeout, self._clock, self._max_connections, prefix=self._prefix)
+        if sentinels is not None:
+            sentinels.moved = made.renew
+        return made
+
+    def _replaced(self) -> None:
+        if self.on_replaced is not None:
+            self.on_replaced()
+
+    def _refused(self) -> None:
+        if (wires := self._wires.peek()) is not None:
+            wires.place.refused()
+
     def __repr__(self) -> str:
-        return f"RedisStore({self._address.where}/{self._address.db})"
+        return f"{type(self).__name__}({self._where}/{self._address.db})"
 
     # Reading
 
     def get_many(self, keys: Sequence[bytes], /) -> asyncio.Future[list[bytes | None]]:
         """See ``Store.get_many``."""
         if not keys:
-            return _done([])
+            return done([])
         wires = self._wires.get()
         big = self._big and not self._big.keys().isdisjoint(keys)
         wire = wires.bulk if big else wires.reads
@@ -156,164 +194,61 @@ class RedisStore:
                 self._size_up(key, value)
         return values
 
-    def _size_up(self, key: bytes, value: bytes | None) -> None:
-        """Remember *key* as big, or no longer."""
-        self._big.pop(key, None)
-        if value is not None and len(value) > BIG:
-            self._big[key] = "bulk"
-            if len(self._big) > _BIG_KEYS:
-                del self._big[next(iter(self._big))]
-
-    def head_many(self, keys: Sequence[bytes], /) -> asyncio.Future[list[bytes | None]]:
-        """See ``Store.head_many``."""
+    def _read(
+        self, keys: Sequence[bytes], commands: list[bytes], convert: Callable[[list[Any]], T]
+    ) -> asyncio.Future[T]:  # fmt: skip
         if not keys:
-            return _done([])
-        return self._wires.get().reads.send(get_ranges(keys, b"63"), len(keys), self._heads, again=True)
-
-    def _heads(self, replies: list[Any]) -> list[bytes | None]:
-        return [self._head(reply) or None for reply in replies]
-
-    def _head(self, reply: Any) -> bytes:
-        if isinstance(reply, ReplyError) and str(reply).startswith("WRONGTYPE"):
-            return b""
-        head: bytes = self._plain(reply, bytes)
-        return head
+            return done(convert([]))
+        return self._wires.get().reads.send(b"".join(commands), len(commands), convert, again=True)
 
     def used_many(self, keys: Sequence[bytes], /) -> asyncio.Future[None]:
         """See ``Used.used_many``. A read to the server, too: nobody is told of it."""
-        commands = touches(keys)
-        if not commands:
-            return _done(None)
-        return self._wires.get().reads.send(b"".join(commands), len(commands), self._touched, again=True)
+        return self._read(keys, touches(keys), self._touched)
 
     def _touched(self, replies: list[Any]) -> None:
         for reply in replies:
             self._plain(reply, int)
 
-    # Beginning and writing
-
-    def begin_many(self, keys: Sequence[bytes], /, *, hold: float) -> asyncio.Future[list[Begun]]:
-        """See ``Store.begin_many``."""
-        now, ms = self.now(), px(hold)
-        planted: list[tuple[bytes, bytes]] = []
-        commands: list[bytes] = []
-        for key in keys:
-            token = new_token()
-            frame = placeholder(key, token, now, hold)
-            planted.append((token, frame))
-            commands.append(pack((b"EVAL", BEGIN, b"1", key, frame, ms)))
-        return self._change(keys, commands, partial(self._begun, keys, planted), again=True)
-
-    def _begun(self, keys: Sequence[bytes], planted: list[tuple[bytes, bytes]], replies: list[Any]) -> list[Begun]:
-        begun: list[Begun] = []
-        for key, (token, frame), reply in zip(keys, planted, replies, strict=True):
-            # One's own is found where the first try had arrived before its connection was lost.
-            if reply is None or reply == frame:
-                begun.append(Begun(None, Fence(self.id, token), leader=True))
-                continue
-            found: bytes = self._plain(reply, bytes)
-            if len(found) > BIG or key in self._big:
-                self._size_up(key, found)
-            begun.append(Begun(found, Fence(self.id, found[TOKEN]), leader=False))
-        return begun
+    # Writing
 
     def write_many(self, writes: Sequence[Write], /) -> asyncio.Future[list[Outcome]]:
         """See ``Store.write_many``."""
         if writes and not self._big and all([write.fence is None and len(write.frame) <= BIG for write in writes]):  # noqa: C419
             keys = [write.key for write in writes]
-            return self._change(keys, [set_all(writes)], self._all_outcomes, count=len(writes), again=True)
-        commands: list[bytes] = []
-        asked: list[bool] = []
-        again = True
-        for key, frame, keep, fence in writes:
-            if len(frame) > BIG or key in self._big:
-                self._size_up(key, frame)
-            ms = px(keep)
-            asked.append(fence is None or fence.store == self.id)
-            command: tuple[bytes, ...] = (b"SET", key, frame, b"PX", ms) if ms else (b"SET", key, frame)
-            if fence is not None:
-                if fence.store != self.id:
-                    continue
-                again = False  # a second try would be refused by the first one's effect
-                command = (b"EVAL", WRITE, b"1", key, fence.token, frame, ms)
-            if len(frame) <= BIG:
-                commands.append(pack(command))
-            else:
-                commands += in_parts(command)
-        keys = [write.key for write in writes]
-        return self._change(keys, commands, partial(self._outcomes, asked), count=sum(asked), again=again)
-
-    def patch_many(self, patches: Sequence[Patch], /) -> asyncio.Future[list[Outcome]]:
-        """See ``Store.patch_many``."""
-        asked = [patch.fence.store == self.id for patch in patches]
-        commands = [
-            pack((b"EVAL", PATCH, b"1", key, fence.token, head, px(keep)))
-            for key, fence, head, keep in patches
-            if fence.store == self.id
-        ]
-        return self._change([patch.key for patch in patches], commands, partial(self._outcomes, asked))
-
-    def _outcomes(self, asked: list[bool], replies: list[Any]) -> list[Outcome]:
-        """The outcomes of replies to what was *asked*; refused, the rest, as another store's fences."""
-        if len(asked) == len(replies):
-            if replies.count(b"OK") == len(replies):
-                return ["done"] * len(replies)
-            return [self._outcome(reply) for reply in replies]
-        rest = iter(replies)
-        return [self._outcome(next(rest)) if was else "refused" for was in asked]
-
-    def _all_outcomes(self, replies: list[Any]) -> list[Outcome]:
-        return self._outcomes([True] * len(replies), replies)
-
-    def _outcome(self, reply: Any) -> Outcome:
-        if isinstance(reply, ReplyError):
-            return self._error(reply)
-        return _OUTCOMES[reply]
-
-    def delete_many(self, keys: Sequence[bytes], /) -> asyncio.Future[list[bytes | None]]:
-        """See ``Store.delete_many``."""
-        for key in keys if self._big else ():
-            self._big.pop(key, None)
-        commands = [pack((b"EVAL", DELETE, b"1", key)) for key in keys]
-        return self._change(keys, commands, self._heads, again=True)
-
-    def renew_many(self, held: Sequence[Held], /, *, hold: float) -> asyncio.Future[list[bool]]:
-        """See ``Leases.renew_many``."""
-        asked, ms = [one.fence.store == self.id for one in held], px(hold)
-        commands = [pack((b"EVAL", RENEW, b"1", key, fence.token, ms)) for key, fence in held if fence.store == self.id]
-        return self._change(
-            [one.key for one in held], commands, lambda replies: self._raised(self._outcomes(asked, replies))
-        )
-
-    def release_many(self, held: Sequence[Held], /) -> asyncio.Future[None]:
-        """See ``Leases.release_many``."""
-        commands = [pack((b"EVAL", RELEASE, b"1", key, fence.token)) for key, fence in held if fence.store == self.id]
-        return self._change([one.key for one in held], commands, self._released, again=True)
-
-    def _released(self, replies: list[Any]) -> None:
-        self._raised(self._all_outcomes(replies))
-
-    @staticmethod
-    def _raised(outcomes: list[Outcome]) -> list[bool]:
-        for outcome in outcomes:
-            if isinstance(outcome, StoreError):
-                raise outcome
-        return [outcome == "done" for outcome in outcomes]
+            return self._send(keys, set_all(writes), len(writes), partial(self._outcomes, keys), again=True)
+        return super().write_many(writes)
 
     def _change(
         self,
         keys: Sequence[bytes],
-        commands: list[bytes],
+        commands: Sequence[Command],
         convert: Callable[[list[Any]], T],
         *,
-        count: int = 0,
         again: bool = False,
     ) -> asyncio.Future[T]:
-        if not commands:
-            return _done(convert([]))
+        count = len(commands) - commands.count(b"")
+        if not count:
+            return done(convert([]))
+        parts: list[bytes] = []
+        for command in commands:
+            if isinstance(command, bytes):
+                parts.append(command)
+            else:
+                parts += command
+        data = parts if max(map(len, parts)) > BIG else b"".join(parts)
+        return self._send(keys, data, count, convert, again=again)
+
+    def _send(
+        self,
+        keys: Sequence[bytes],
+        data: bytes | list[bytes],
+        count: int,
+        convert: Callable[[list[Any]], T],
+        *,
+        again: bool,
+    ) -> asyncio.Future[T]:
         wires = self._wires.get()
-        data = commands if max(map(len, commands)) > BIG else b"".join(commands)
-        answer = wires.writes.send(data, count or len(commands), convert, again=again)
+        answer = wires.writes.send(data, count, convert, again=again)
         if wires.feed is not None:
             wires.feed.own(keys, answer)
         return answer
@@ -327,12 +262,16 @@ class RedisStore:
             if page := [(key, head) for key, head in zip(keys, heads, strict=True) if head is not None]:
                 yield page
 
-    async def _pages(self, prefix: bytes) -> AsyncGenerator[list[bytes], None]:
+    async def _pages(
+        self, prefix: bytes, wire: Callable[[], Wire] | None = None
+    ) -> AsyncGenerator[list[bytes], None]:  # fmt: skip
+        """The keys under *prefix* on the server at the end of a wire: the one there is."""
         pattern = escape(prefix) + b"*"
         cursor = b"0"
         while True:
             command = pack((b"SCAN", cursor, b"MATCH", pattern, b"COUNT", _PAGE))
-            cursor, keys = await self._wires.get().admin.send(command, 1, self._page, again=True)
+            admin = self._wires.get().admin if wire is None else wire()
+            cursor, keys = await admin.send(command, 1, self._page, again=True)
             if keys:
                 yield keys
             if cursor == b"0":
@@ -346,7 +285,7 @@ class RedisStore:
         """See ``Store.clear``. Page by page, with the deadline for each; other work goes on between them."""
         entries = 0
         async for keys in self._pages(prefix):
-            commands = get_ranges(keys, b"5") + pack((b"UNLINK", *keys))
+            commands = b"".join([get_range(key, b"5") for key in keys]) + pack((b"UNLINK", *keys))
             wires = self._wires.get()
             answer = wires.admin.send(commands, len(keys) + 1, self._cleared, again=True)
             if wires.feed is not None:
@@ -358,8 +297,7 @@ class RedisStore:
 
     def _cleared(self, replies: list[Any]) -> int:
         self._plain(replies.pop(), int)
-        entry = MAGIC + bytes([1, Kind.ENTRY])
-        return sum(1 for reply in replies if (head := self._head(reply))[:4] == MAGIC and head[5:] == entry[5:])
+        return sum(is_entry(self._head(reply)) for reply in replies)
 
     # The server
 
@@ -412,21 +350,3 @@ class RedisStore:
     def _feed(self) -> Feed | None:
         wires = self._wires.peek()
         return None if wires is None else wires.feed
-
-    # Replies
-
-    def _plain(self, reply: Any, kind: type[Any]) -> Any:
-        if isinstance(reply, kind):
-            return reply
-        if isinstance(reply, ReplyError):
-            raise self._error(reply)
-        raise Doubt
-
-    def _error(self, reply: Exception) -> StoreError:
-        return store_error(str(reply), self._address.where)
-
-
-def _done(value: T) -> asyncio.Future[T]:
-    future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-    future.set_result(value)
-    return future

@@ -29,6 +29,7 @@ from .._protocols import (
     Outcome,
     Patch,
     Replaceable,
+    Retiming,
     Store,
     StoreState,
     Switching,
@@ -64,7 +65,8 @@ class _StoreFault(Fault):
     ) -> None:
         super().__init__(rng, times=times, probability=probability)
         if unknown := set(methods) - _METHODS:
-            raise ValueError(f"no method of stores: {', '.join(sorted(unknown))}; there are {', '.join(_METHODS)}")
+            known = ", ".join(sorted(_METHODS))
+            raise ValueError(f"no method of stores: {', '.join(sorted(unknown))}; there are {known}")
         self.act = act
         self.methods = frozenset(methods) or _METHODS
         self.after = after
@@ -88,7 +90,9 @@ class FaultyStore:
     def __new__(cls, store: Store, *, seed: int = 0) -> Self:  # noqa: ARG004  # it is for __init__
         """Make one of a class that can do what *store* can."""
         able = tuple(mixin for protocol, mixin in _ABLE if isinstance(store, protocol))
-        return object.__new__(type(cls.__name__, (cls, *able), {"__module__": cls.__module__}))
+        made: Any = type(cls.__name__, (cls, *able), {"__module__": cls.__module__})
+        made_for_it: Self = object.__new__(made)
+        return made_for_it
 
     def __init__(self, store: Store, *, seed: int = 0) -> None:
         self._store: Any = store  # a Store, and whatever its class was put together for
@@ -322,6 +326,10 @@ class _Switching(_Part):
     on_state = _Passed()
 
 
+class _Retiming(_Part):
+    retimed = _Passed()
+
+
 _ABLE: Final[tuple[tuple[type, type], ...]] = (
     (Coherent, _Coherent),
     (Leases, _Leases),
@@ -330,6 +338,7 @@ _ABLE: Final[tuple[tuple[type, type], ...]] = (
     (Replaceable, _Replaceable),
     (Evicting, _Evicting),
     (Switching, _Switching),
+    (Retiming, _Retiming),
 )
 
 
