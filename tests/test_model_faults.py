@@ -185,7 +185,16 @@ class Machine(RuleBasedStateMachine):
     slack: ClassVar[float] = 0.1
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return self.runner.run(work)
+        """Do that, and all that it has set going: what is withdrawn for a failed set must not meet the next one."""
+
+        async def settled() -> Any:
+            answer = await work
+            for process in self.processes:
+                if (session := process.cache._engine._sessions.peek()) is not None:
+                    await session.lines.settle()
+            return answer
+
+        return self.runner.run(settled())
 
     def teardown(self) -> None:
         try:
@@ -542,7 +551,8 @@ class OverRedis(Failover):
         return time.time()
 
     def stores(self) -> list[Any]:
-        return [RedisStore(self.server_process.url, timeout=PATIENT), FileStore(self.folder)]
+        # Now and then what was sent to a server that is then killed is waited for until its deadline.
+        return [RedisStore(self.server_process.url, timeout=3.0), FileStore(self.folder)]
 
     @rule()
     def empty(self) -> None:

@@ -26,9 +26,6 @@ from tests.soak.processes import Process
 
 _DISK_MIB = 32
 _SNAPSHOT = "dump.rdb"
-# What is not promised yet, and is injected only where it is asked for by name: a server that is another one than it was
-# still gives what was deleted since (DESIGN.md, Failing: the ring of the last minute's deletes).
-NOT_YET = frozenset({"server set back"})
 _ENTRY = re.compile("[0-9a-f]{32}")
 
 

@@ -262,7 +262,7 @@ class Load:
         store: Any = view.store
         stores = {"store": store}
         if isinstance(store, FailoverStore):
-            stores = {"primary": store._store, "standby": store._keeper._standby.store}
+            stores = {"primary": store._store, "standby": store._standby.store}
             reason += f"; {store.state().state}, {len(store._journal)} deletes to be made up for"
         for side, each in stores.items():
             try:

@@ -15,7 +15,7 @@ from typing import Any
 
 from mcp_hub_cache.testing import FaultProxy
 from tests.servers import valkey_server
-from tests.soak.faults import FAULTS, NOT_YET, Stage, small_disk
+from tests.soak.faults import FAULTS, Stage, small_disk
 from tests.soak.processes import Process
 
 _WARM_UP = 5.0
@@ -62,7 +62,7 @@ class Run:
         self._active: Counter[str] = Counter()
         self._agents = agents
         self._processes = processes
-        self._only = only or sorted(set(FAULTS) - NOT_YET)
+        self._only = only or sorted(FAULTS)
         self._violated: asyncio.Future[None] | None = None
         self._options: dict[str, Any] = {}
         self._folder = Path()
