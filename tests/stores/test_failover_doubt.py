@@ -305,6 +305,22 @@ async def test_leftovers_of_an_earlier_outage_are_not_believed(world: Make) -> N
     assert await w.in_files(A) is None
 
 
+async def test_leftovers_of_a_suspicion_are_not_believed_in_the_next_one(world: Make) -> None:
+    """Nothing was asked in between, but others may have changed what they liked."""
+    w = world()
+    await w.contact()
+    w.primary.break_down()
+    await w.set(A, b"1")
+    w.primary.repair()
+    await w.trusted()
+    w.clock.advance(0.001)
+    frame = entry_frame(w.server, A, b"theirs")
+    await w.server.write_many([Write(A, frame, 60.0, None)])
+    w.clock.advance(0.001)
+    w.primary.break_down()
+    assert await w.get(A) is None
+
+
 async def test_neighbours_in_the_same_outage_share_the_standby(world: Make) -> None:
     w = world()
     neighbour = FailoverStore(w.primary, View(w.files), clock=w.clock)

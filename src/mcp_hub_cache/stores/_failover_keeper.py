@@ -144,7 +144,7 @@ class Keeper:
             return
         if error.outage and not late:
             self._begin_epoch()
-            if self._standby is not None and not part.breaker.failed_in_a_row:
+            if self._standby is not None and part.problem is None:
                 self._standby.begin_outage()
         if self.health.failed(name, error, lane, late=late):
             self._begin_epoch()
