@@ -15,7 +15,7 @@ from mcp_hub_cache import MISSING
 
 PROCESSES = (0, 1)
 HOLD = 10.0  # seconds for which what a load begins on stays
-OVER = 1.0  # seconds for which it is said that a load ended without a value
+OVER = 5.0  # seconds for which it is said that a load ended without a value
 
 
 class Listed(Exception):

@@ -30,7 +30,7 @@ _POLL: Final = 1.0  # seconds between looks where changes are told
 _FIRST_LOOK: Final = 0.01  # where none are: the first pause, its growth, the longest
 _LOOKS: Final = 1.5
 _LONGEST_LOOK: Final = 0.25
-OVER: Final = 1.0  # seconds that "there is no value" is said
+OVER: Final = 5.0  # seconds that "there is no value" is said: several looks long, so that no lost wake-up misses it
 _MOST_RESTING: Final = 10_000
 
 

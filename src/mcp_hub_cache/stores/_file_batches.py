@@ -162,7 +162,7 @@ class Batches:
         return _all(self._each(keys, drop, make=False, absent=None, lasting=True))
 
     def renew(self, held: Sequence[Held], hold: float) -> list[bool]:
-        """Prolong placeholders, leases and marks that would end earlier."""
+        """Prolong placeholders, leases and marks that would end earlier: their stay alone, not what they say."""
         lasting = hold > UNDER_WAY
 
         def prolong(shelf: Shelf, at: int, place: Place) -> bool:
@@ -172,7 +172,7 @@ class Batches:
                 return False
             until = self._folder.clock() + hold
             if until > head.keep_until:
-                prolonged = patch_head(head, fresh_until=until, keep_until=until) + frame[HEAD_SIZE:]
+                prolonged = patch_head(head, fresh_until=head.fresh_until, keep_until=until) + frame[HEAD_SIZE:]
                 self._put(shelf, place, prolonged, lasting=lasting)
             return True
 

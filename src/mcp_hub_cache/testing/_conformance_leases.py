@@ -141,20 +141,22 @@ class LeaseConformance(Pair):
             assert list(await one.write_many([write_of(one, key, fence=begun.fence)])) == ["done"]
 
     async def test_leases_and_marks_are_renewed_too(self) -> None:
-        """Whoever knows the token of a lease or a mark keeps it, and its payload."""
+        """Whoever knows the token of a lease or a mark keeps it, its payload, and what it says of freshness."""
         async with self._pair() as (one, two):
             if not isinstance(one, Leases):
                 return
-            for kind in (Kind.OVER, Kind.MARK):
-                key, token, until = self.key(kind.name), secrets.token_bytes(8), one.now() + 0.3
+            for kind, fresh_until in ((Kind.OVER, 0.0), (Kind.OVER, one.now() + 60.0), (Kind.MARK, one.now() + 60.0)):
+                key, token, until = self.key(f"{kind.name}{fresh_until}"), secrets.token_bytes(8), one.now() + 0.3
                 frame = pack(
-                    key, b"all", kind=kind, token=token, created=until, fresh_until=until, keep_until=until
+                    key, b"all", kind=kind, token=token, created=until, fresh_until=fresh_until, keep_until=until
                 )  # fmt: skip
                 await two.write_many([Write(key, frame, 0.3, None)])
                 assert list(await one.renew_many([Held(key, Fence(one.id, token))], hold=30.0)) == [True]
                 await self.wait_expiry(two, two.now() + 0.35)
                 (kept,) = await two.get_many([key])
                 assert payload_of(kept, key) == b"all"
+                assert kept is not None
+                assert unpack_head(kept).fresh_until == fresh_until
 
     async def test_renewing_for_ever(self) -> None:
         """What is renewed for ever has no end, whatever it is renewed for later, and is removed like anything else."""
