@@ -41,7 +41,7 @@ LAYERS = [
     {"_classes", "_current", "_placeholders"},
     {"_async_cache", "_tags"},
     {"_form"},
-    {"_direct", "_seal"},
+    {"_budget", "_direct", "_seal"},
     {"_bind", "_flight", "_frame", "_l1", "_lifetime", "_lines", "_protocols", "_shapes", "_stats"},
     {"_lane"},
     {

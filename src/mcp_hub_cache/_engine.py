@@ -21,6 +21,7 @@ from contextlib import AsyncExitStack
 from typing import Any, Final, TypeVar, cast
 
 from ._blake import blake2b
+from ._budget import UNBOUNDED, Budget, Unbounded
 from ._changes import Part
 from ._codec import DecodeError, Limits
 from ._direct import Direct
@@ -194,6 +195,10 @@ class Engine:
             for task in session.tasks:
                 task.cancel()
             await asyncio.gather(*session.tasks, return_exceptions=True)
+
+    def budget(self, session: Session, spent: float = 0.0) -> Budget | Unbounded:
+        """Return the budget of one operation, of which so many seconds are spent already."""
+        return UNBOUNDED if session.is_direct else Budget(session.loop, self.timeout, spent)
 
     def _switched(self, old: str, new: str) -> None:
         self.tier = self.store.name if self.monitored is None else self.monitored.serving

@@ -29,7 +29,8 @@ from ._answer import when_done
 from ._batches import Batch, Call, Queue
 from ._exceptions import StoreError, StoreExhaustedError, StoreProtocolError, StoreTimeoutError, StoreUnreachableError
 
-_LATE: Final = 0.05  # seconds by which a timer may be late before the process counts as busy
+LATE: Final = 0.05
+"""Seconds by which a timer may be late before the process counts as busy."""
 
 
 class _Held(NamedTuple):
@@ -308,8 +309,8 @@ class Lane:
 
     def _watch(self, scheduled: float) -> None:
         now = self._loop.time()
-        if now - scheduled > _LATE:
-            self._timer = self._loop.call_at(now + _LATE, self._watch, now + _LATE)
+        if now - scheduled > LATE:
+            self._timer = self._loop.call_at(now + LATE, self._watch, now + LATE)
             return
         self._timer = None
         waiting = [(read.future, read.due) for held in self._held.values() for read in held]

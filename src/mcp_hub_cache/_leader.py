@@ -3,8 +3,8 @@
 Strategy: take the turn (``_turn``), call the loader, store what it yields where the beginning's token still stands.
 
 Rules:
-- A load whose lookup failed does not try to begin, and one that could not begin stores nothing: one deadline, not
-  three.
+- A load whose lookup failed does not try to begin, and one that could not begin stores nothing. All trips of a load,
+  the lookup among them, have one budget (``_budget``): it costs its loader and one deadline at most.
 - What the loader has yielded or raised goes to those who waited, whatever storing it raises.
 - Nothing of what a loader decides (``current_entry``) outlives its load.
 - However it ends, what was planted is given back, or says that there is no value.
@@ -12,8 +12,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
-from contextlib import suppress
+from collections.abc import Awaitable, Coroutine
 from datetime import timedelta
 from time import monotonic
 from types import CoroutineType
@@ -24,7 +23,14 @@ from ._codec import FAILURE, DecodeError, decode
 from ._current import Decided
 from ._durations import seconds
 from ._engine import Engine
-from ._exceptions import LoadTimeoutError, StoreMisconfiguredError, UncacheableError, ValueTooLargeError
+from ._exceptions import (
+    LoadTimeoutError,
+    StoreError,
+    StoreMisconfiguredError,
+    StoreTimeoutError,
+    UncacheableError,
+    ValueTooLargeError,
+)
 from ._flight import Flight
 from ._frame import Frame, Mark
 from ._freshness import Life
@@ -47,12 +53,12 @@ class Leader:
         key: What is loaded.
         loader: What loads it.
         plan: How.
-        reachable: Whether the store answered when the entry was looked up.
+        spent: Seconds that looking the entry up has taken; None: the store did not answer.
     """
 
     __slots__ = (
-        "_decided", "_engine", "_key", "_loader", "_passes", "_plan", "_reachable", "_reads", "_rest_for", "_root",
-        "_session", "_stored", "_turn", "_writes",
+        "_budget", "_decided", "_engine", "_key", "_loader", "_passes", "_plan", "_reachable", "_reads", "_rest_for",
+        "_root", "_session", "_stored", "_turn", "_writes",
     )  # fmt: skip
 
     def __init__(  # noqa: PLR0917  # its tools, and what it is to do
@@ -64,7 +70,7 @@ class Leader:
         loader: Loader[Any],
         plan: Plan,
         *,
-        reachable: bool,
+        spent: float | None,
     ) -> None:
         self._engine = engine
         self._reads = reads
@@ -74,7 +80,8 @@ class Leader:
         self._root = engine.root(key)
         self._loader = loader
         self._plan = plan
-        self._reachable = reachable
+        self._reachable = spent is not None
+        self._budget = engine.budget(self._session, spent or 0.0)
         self._rest_for = 0.0  # seconds that the lease beside the entry is to say that the next try rests
         self._passes = False  # what it holds is to say that there is no value
         self._stored = False
@@ -88,9 +95,9 @@ class Leader:
             BaseException: Whatever the loader raised.
         """
         trip: Trip = flight.cargo
-        turn = self._turn = Turn(self._engine, self._reads, self._key, self._plan, trip)
+        turn = self._turn = Turn(self._engine, self._reads, self._key, self._plan, trip, self._budget)
         try:
-            if self._reachable and (found := await turn.take()) is not None:
+            if self._reachable and not self._budget.is_spent and (found := await self._take()) is not None:
                 return found
             flight.begun = True
             value, cost = await self._call(flight, trip)
@@ -100,6 +107,13 @@ class Leader:
             raise
         finally:
             turn.end(stored=self._stored, rest_for=self._rest_for, passes=self._passes)
+
+    async def _take(self) -> Landed | None:
+        try:
+            return await self._turn.take()
+        except StoreTimeoutError as late:
+            self._engine.trouble(late)
+            return None
 
     # Calling
 
@@ -169,11 +183,13 @@ class Leader:
         except (UncacheableError, ValueTooLargeError) as refused:
             self._say_uncacheable(refused)
             return
-        with suppress(StoreMisconfiguredError):
-            marks = await self._marks(trip)
-            if marks is not None:
-                write = self._framed(trip, FAILURE, payload, Life(ttl), 0.0, marks)
-                self._stored = await self._writes.put(self._session, write) == "done"
+        await self._try(self._store_failure(trip, payload, ttl))
+
+    async def _store_failure(self, trip: Trip, payload: bytes, ttl: float) -> Outcome | None:
+        marks = await self._marks(trip)
+        if marks is None:
+            return None
+        return await self._writes.put(self._session, self._framed(trip, FAILURE, payload, Life(ttl), 0.0, marks))
 
     def _rest(self, trip: Trip) -> None:
         """Nobody need wait for what has failed, or try again at once where there is something to serve."""
@@ -191,25 +207,42 @@ class Leader:
         codec, payload = 0, None
         if life is not None or len(flight.waiters) > 1:  # or else only to copy it for the others
             codec, payload = self._try_encode(value, wanted=life is not None)
-        outcome: Outcome | None = None
-        stores = life is not None and payload is not None and trip.begun is not None
-        # Who came late must know, be it stored or not.
-        if stores or (self._decided.tags_added is not None and self._turn.any is not None):
-            with suppress(StoreMisconfiguredError):
-                marks = await self._marks(trip)
-                if marks is not None and life is not None and payload is not None and stores and not flight.detached:
-                    taken = self._turn.taken
-                    if taken is not None and value is self._decided.unchanged:
-                        outcome = await self._let_live(trip, taken, life, marks)
-                    else:
-                        write = self._framed(trip, codec, payload, life, cost, marks)
-                        outcome = await self._writes.put(self._session, write)
-                    self._stored = outcome == "done"
+        outcome = await self._try(self._store(flight, trip, value, codec, payload, life, cost))
         if not self._stored:
             self._passes = plan.rules.fleet
-            if plan.refresh and outcome != "refused" and not flight.detached:
-                await self._writes.withdraw(self._session, self._key)
+            if plan.refresh and outcome != "refused" and not flight.detached:  # what there is is older than that
+                cause = outcome if isinstance(outcome, StoreError) else None
+                await self._try(self._writes.withdraw(self._session, self._key, cause))
         return Landed(value, codec, payload, plan.classes, cost)
+
+    async def _try(self, work: Coroutine[Any, Any, Outcome | None]) -> Outcome | None:
+        """Do *work* at the store as far as the budget goes, and note whether it has stored the entry."""
+        outcome: Outcome | None
+        try:
+            outcome = await self._budget.within(work)
+        except StoreMisconfiguredError as told:
+            outcome = told
+        except StoreTimeoutError as late:
+            self._engine.trouble(late)
+            outcome = late
+        self._stored = outcome == "done"
+        return outcome
+
+    async def _store(  # noqa: PLR0917  # what an entry is made of
+        self, flight: Flight, trip: Trip, value: Any, codec: int, payload: bytes | None, life: Life | None, cost: float
+    ) -> Outcome | None:
+        """Store *value* where that is wanted and may be."""
+        stores = life is not None and payload is not None and trip.begun is not None
+        # Who came late must know, be it stored or not.
+        if not stores and (self._decided.tags_added is None or self._turn.any is None):
+            return None
+        marks = await self._marks(trip)
+        if marks is None or life is None or payload is None or not stores or flight.detached:
+            return None
+        taken = self._turn.taken
+        if taken is not None and value is self._decided.unchanged:
+            return await self._let_live(trip, taken, life, marks)
+        return await self._writes.put(self._session, self._framed(trip, codec, payload, life, cost, marks))
 
     def _life(self, value: Any) -> Life | None:
         """How long *value* is to live; None: it is not to be stored."""
@@ -230,10 +263,11 @@ class Leader:
 
     async def _marks(self, trip: Trip) -> tuple[Mark, ...] | None:
         """The marks of the entry; None: they could not be had, or came too late to be sure of, which the trip says."""
+        trip.doubtful = True  # until they are here
         marks = trip.marks if self._decided.tags_added is None else await self._late_marks(trip)
         if marks is None or len(marks) < len(trip.digests):
-            trip.doubtful = True
             return None
+        trip.doubtful = False
         return marks
 
     async def _late_marks(self, trip: Trip) -> tuple[Mark, ...] | None:

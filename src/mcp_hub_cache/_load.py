@@ -72,6 +72,7 @@ class Loads:
         engine = self._engine
         session = engine.session()
         flights, rules = session.flights, plan.rules
+        begun = session.loop.time()
         while True:
             spare: Hit | None = None
             reachable = True
@@ -93,7 +94,8 @@ class Loads:
             if spare is not None and self._stands_in_at_once(session, key, spare, loader, plan, tags):
                 return self._stand_in(spare, plan)
             trip = Trip((*rules.tags, *tags()), spare=spare, seen=spare and spare.head.token)
-            work = Leader(engine, self._reads, self._writes, key, loader, plan, reachable=reachable).fly
+            spent = session.loop.time() - begun if reachable else None
+            work = Leader(engine, self._reads, self._writes, key, loader, plan, spent=spent).fly
             flight, leads = flights.board(key, plan.name, work, anew=plan.refresh, group=plan.owner, cargo=trip)
             if not leads:
                 found = await self.join(flight, plan, spare)
@@ -175,7 +177,7 @@ class Loads:
             return
         spare = None if hit.stale is None else hit
         trip = Trip((*plan.rules.tags, *tags()), spare=spare, seen=hit.head.token, ahead=spare is None, behind=True)
-        work = Leader(self._engine, self._reads, self._writes, key, loader, plan, reachable=True).fly
+        work = Leader(self._engine, self._reads, self._writes, key, loader, plan, spent=0.0).fly
         try:
             flight, _ = session.flights.board(key, plan.name, work, group=plan.owner, cargo=trip, kept=True)
         except CacheError:  # a loader that asks for itself, and is served; or the cache was closed meanwhile

@@ -16,9 +16,11 @@ Rules:
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from time import monotonic
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from ._budget import Budget, Unbounded
 from ._codec import FAILURE
 from ._engine import Engine
 from ._exceptions import LoadTimeoutError
@@ -49,6 +51,7 @@ class Turn:
         key: What is to be loaded.
         plan: How.
         trip: What is known so far; told what is found.
+        budget: What asking may cost; waiting for another process costs nothing of it.
 
     Attributes:
         held: The placeholders planted.
@@ -57,6 +60,7 @@ class Turn:
     """
 
     __slots__ = (
+        "_budget",
         "_engine",
         "_key",
         "_plan",
@@ -71,7 +75,10 @@ class Turn:
         "taken",
     )
 
-    def __init__(self, engine: Engine, reads: Reads, key: bytes, plan: Plan, trip: Trip) -> None:
+    def __init__(  # noqa: PLR0917  # its tools, and what it is for
+        self, engine: Engine, reads: Reads, key: bytes, plan: Plan, trip: Trip, budget: Budget | Unbounded
+    ) -> None:
+        self._budget = budget
         self._engine = engine
         self._reads = reads
         self._session = engine.session()
@@ -91,6 +98,7 @@ class Turn:
         Raises:
             NothingToDoError: See there.
             LoadTimeoutError: Another process's load took too long, and the policy says so.
+            StoreTimeoutError: The budget is used up.
         """
         marks, trip = self._session.marks, self._trip
         self.any, taking = marks.any(self._root), None
@@ -103,9 +111,11 @@ class Turn:
                 taking = marks.take(self._root, (ANY_DIGEST, *trip.digests))
         if type(found) is Landed:
             return found
-        if taking is not None and (taken := await marks.taken(taking)) is not None:
-            self.any = taken[ANY_DIGEST]
-            trip.marks = tuple([Mark(digest, taken[digest]) for digest in trip.digests])
+        if taking is not None:
+            taken = await self._budget.within(marks.taken(taking))
+            if taken is not None:
+                self.any = taken[ANY_DIGEST]
+                trip.marks = tuple([Mark(digest, taken[digest]) for digest in trip.digests])
         return None
 
     def end(self, *, stored: bool, rest_for: float, passes: bool) -> None:
@@ -151,7 +161,10 @@ class Turn:
                 'its wait_timeout. Raise that, or let on_wait_timeout be "load".'
             )
 
-    async def _ask(self, *, alone: bool = False) -> Landed | _Rival | None:
+    def _ask(self, *, alone: bool = False) -> Coroutine[Any, Any, Landed | _Rival | None]:
+        return self._budget.within(self._begin(alone=alone))
+
+    async def _begin(self, *, alone: bool) -> Landed | _Rival | None:
         """Begin at the store; what stands in the way of loading, if something does. *alone*: with no lease."""
         plan = self._plan
         alone = alone or plan.refresh

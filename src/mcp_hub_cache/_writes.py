@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeAlias, TypeVar
 
 from ._classes import ClassSet
 from ._codec import encode
 from ._engine import CHUNK, Engine, Session, every
-from ._exceptions import StoreError, ValueTooLargeError
+from ._exceptions import StoreError, StoreTimeoutError, ValueTooLargeError
 from ._frame import Frame, Mark
 from ._freshness import Life, Span, span
 from ._placeholders import heed
@@ -25,6 +25,10 @@ from ._protocols import Fence, Outcome, Patch, Write
 from ._reads import Reads
 from ._tags import ANY_DIGEST, mark_key, tag_digest
 from ._tokens import new_token
+
+T = TypeVar("T")
+
+_Entry: TypeAlias = tuple[bytes, int, bytes, Life]  # key, codec, payload, how long it lives
 
 # What ``Write(...)`` does, without its frame of Python.
 _write: Final[Callable[[tuple[bytes, bytes, float | None, Fence | None]], Write]] = partial(tuple.__new__, Write)
@@ -77,63 +81,87 @@ class Writes:
         codec: int,
         payload: bytes,
         life: Life,
-        tags: Iterable[str] = (),
+        tags: Collection[str] = (),
     ) -> None:
         """Store one entry, unconditionally: wins over loads in progress."""
         session = self._engine.session()
         session.forget(key)
-        marks = await self._marks_or_withdraw(session, [key], tags) if tags else ()
-        if marks is None:
+        if tags:
+            await self._write_chunk(session, [(key, codec, payload, life)], tags)
             return
-        write = self.framed(key, codec, payload, life, marks=marks)
+        write = self.framed(key, codec, payload, life)
         # ``_submit`` spelled out: one coroutine less.
         try:
             outcome: Outcome = await session.lines.write(self._write, key, write, len(write.frame))
         except StoreError as error:
             outcome = error
-        session.l1.drop(key)
+        finally:
+            session.l1.drop(key)
         if outcome != "done" and isinstance(outcome, StoreError):
             await self.withdraw(session, key, outcome)
             self._engine.trouble(outcome)
 
-    async def _marks(self, session: Session, key: bytes, tags: Iterable[str]) -> tuple[Mark, ...] | None:
+    async def _marks(self, session: Session, key: bytes, tags: Collection[str]) -> tuple[Mark, ...] | None:
         taken = await session.marks.taken(session.marks.take(self._engine.root(key), map(tag_digest, tags)))
         return None if taken is None else tuple([Mark(digest, mark) for digest, mark in taken.items()])
 
-    async def _marks_or_withdraw(
-        self, session: Session, keys: Sequence[bytes], tags: Iterable[str]
-    ) -> tuple[Mark, ...] | None:
-        """The marks of *tags*; None: not to be had. Then *keys* go, too: they would outlive the next invalidation."""
-        marks, problem = None, None
-        try:
-            marks = await self._marks(session, keys[0], tags)
-        except StoreError as error:
-            problem = error
-        if marks is None:
-            for start in range(0, len(keys), CHUNK):
-                await self._submit_all(session, self._delete, [(key, key) for key in keys[start : start + CHUNK]])
-        if problem is not None:
-            raise problem
-        return marks
-
-    async def write_many(self, entries: Sequence[tuple[bytes, int, bytes, Life]], tags: Iterable[str] = ()) -> None:
+    async def write_many(self, entries: Sequence[_Entry], tags: Collection[str] = ()) -> None:
         """Store (key, codec, payload, life) each, unconditionally: wins over loads in progress."""
         session = self._engine.session()
         for key, *_ in entries:
             session.forget(key)
-        marks = await self._marks_or_withdraw(session, [key for key, *_ in entries], tags) if tags and entries else ()
-        if marks is None:
-            return
-        errors: list[StoreError] = []
+        problem: StoreError | None = None
         for start in range(0, len(entries), CHUNK):
-            chunk = entries[start : start + CHUNK]
-            writes = [self.framed(*entry, marks=marks) for entry in chunk]
-            outcomes = await self._submit_all(session, self._write, [(one.key, one) for one in writes])
-            for write, outcome in zip(writes, outcomes, strict=True):
-                if isinstance(outcome, StoreError):
-                    errors.append(outcome)
-                    await self.withdraw(session, write.key, outcome)
+            try:
+                await self._write_chunk(session, entries[start : start + CHUNK], tags)
+            except StoreError as error:  # when all has been tried
+                problem = problem or error
+        if problem is not None:
+            raise problem
+
+    async def _write_chunk(self, session: Session, entries: Sequence[_Entry], tags: Collection[str]) -> None:
+        if not tags:
+            await self._write_marked(session, entries, ())
+            return
+        written = self._write_tagged(session, entries, tags)
+        _, late = await self._in_time(session, written, None)
+        if late is not None:
+            for key, *_ in entries:
+                await self.withdraw(session, key, late)
+
+    async def _write_tagged(self, session: Session, entries: Sequence[_Entry], tags: Collection[str]) -> None:
+        marks, problem = None, None
+        try:
+            marks = await self._marks(session, entries[0][0], tags)
+        except StoreError as error:
+            problem = error
+        if marks is not None:
+            await self._write_marked(session, entries, marks)
+            return
+        # What the entries were to replace would outlive the next invalidation of these tags.
+        await self._submit_all(session, self._delete, [(key, key) for key, *_ in entries])
+        if problem is not None:
+            raise problem
+
+    async def _write_marked(self, session: Session, entries: Sequence[_Entry], marks: tuple[Mark, ...]) -> None:
+        errors: list[StoreError] = []
+        writes = [self.framed(*entry, marks=marks) for entry in entries]
+        outcomes = await self._submit_all(session, self._write, [(one.key, one) for one in writes])
+        for write, outcome in zip(writes, outcomes, strict=True):
+            if isinstance(outcome, StoreError):
+                errors.append(outcome)
+                await self.withdraw(session, write.key, outcome)
         self._engine.trouble(*errors)
+
+    async def _in_time(
+        self, session: Session, work: Coroutine[Any, Any, T], instead: T
+    ) -> tuple[T, StoreTimeoutError | None]:
+        """Return what *work*, an operation of several trips, returns; *instead*, and why, if it takes too long."""
+        try:
+            return await self._engine.budget(session).within(work), None
+        except StoreTimeoutError as late:
+            self._engine.trouble(late)
+            return instead, late
 
     async def withdraw(self, session: Session, key: bytes, cause: StoreError | None = None) -> None:
         """Remove what stands under *key*: its successor could not be stored, and it must not pass for that."""
@@ -147,10 +175,11 @@ class Writes:
         """Hand on a chunk of writes and return their outcomes, ``StoreError``s among them."""
         sizes = (len(item.frame) if isinstance(item, Write) else 0 for _, item in items)
         futures = [session.lines.write(call, key, item, size) for (key, item), size in zip(items, sizes, strict=True)]
-        outcomes = await every(futures)
-        for key, _ in items:
-            session.l1.drop(key)
-        return outcomes
+        try:
+            return await every(futures)
+        finally:
+            for key, _ in items:
+                session.l1.drop(key)
 
     def framed(
         self,
@@ -210,14 +239,21 @@ class Writes:
             outcome: Outcome = await session.lines.write(call, key, item, size)
         except StoreError as error:
             outcome = error
-        session.l1.drop(key)
+        finally:  # where nobody waits for it any more, too
+            session.l1.drop(key)
         if isinstance(outcome, StoreError):
             self._engine.trouble(outcome)
         return outcome
 
-    async def add(self, key: bytes, codec: int, payload: bytes, life: Life, tags: Iterable[str] = ()) -> bool:
+    async def add(self, key: bytes, codec: int, payload: bytes, life: Life, tags: Collection[str] = ()) -> bool:
         """Store only where no fresh entry is: begin, then write what the beginning's token allows."""
         session = self._engine.session()
+        added, _ = await self._in_time(session, self._add(session, key, codec, payload, life, tags), False)
+        return added
+
+    async def _add(  # noqa: PLR0917  # what an entry is made of
+        self, session: Session, key: bytes, codec: int, payload: bytes, life: Life, tags: Collection[str]
+    ) -> bool:
         for _ in range(_TRIES):
             marks = await self._marks(session, key, tags) if tags else ()
             if marks is None or (begun := await session.placeholders.begin(key)) is None:
@@ -242,6 +278,10 @@ class Writes:
     async def touch(self, key: bytes, ttl: float) -> bool:
         """Give the fresh entry under *key* a new ttl from now; what it may stand in beyond that stays as long."""
         session = self._engine.session()
+        touched, _ = await self._in_time(session, self._touch(session, key, ttl), False)
+        return touched
+
+    async def _touch(self, session: Session, key: bytes, ttl: float) -> bool:
         for _ in range(_TRIES):
             frame = await self._reads.frame(key)
             if frame is None:
@@ -253,18 +293,19 @@ class Writes:
                 return outcome == "done"
         return False
 
-    async def invalidate(self, root: bytes, tags: Iterable[str]) -> bool:
-        """Invalidate *tags* in the namespace whose keys begin with *root*; whether the store has taken note.
+    async def invalidate(self, root: bytes, tags: Collection[str]) -> bool:
+        """Invalidate *tags* in the namespace whose keys begin with *root*; whether the store has taken note in time.
 
-        Cancellation: what has begun is carried out.
+        Cancellation: what has begun is carried out; so it is where the time is over.
         """
         digests = [tag_digest(tag) for tag in tags]
         session = self._engine.session()
         wanted = frozenset(digests)
         session.flights.detach_all(root, only=lambda flight: flight.cargo.is_of(wanted))
-        errors = await asyncio.shield(session.run(self._invalidate(session, root, digests)))
+        told = _shielded(session.run(self._invalidate(session, root, digests)))
+        errors, late = await self._in_time(session, told, [])
         self._engine.trouble(*errors)
-        return not errors
+        return late is None and not errors
 
     async def _invalidate(self, session: Session, root: bytes, digests: Sequence[bytes]) -> list[StoreError]:
         # Whoever adds a tag inside its loader takes the tag's mark and then looks whether "any" still stands: in this
@@ -297,3 +338,7 @@ class Writes:
                     removed += 1
         self._engine.trouble(*errors)
         return removed
+
+
+async def _shielded(task: asyncio.Task[T]) -> T:
+    return await asyncio.shield(task)
