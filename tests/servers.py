@@ -35,7 +35,11 @@ class Certificates:
 
 @dataclass
 class Server:
-    """A server process. ``port`` is 0 where it listens on its socket alone; a sentinel has a config file."""
+    """A server process.
+
+    ``port`` is 0 where it listens on its socket alone; a sentinel has a config file; ``prefix`` is the command that
+    puts the server elsewhere, where it has another ``host``.
+    """
 
     binary: str
     folder: Path
@@ -44,6 +48,8 @@ class Server:
     tls_port: int = 0
     password: str | None = None
     config: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    prefix: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     @property
@@ -52,12 +58,13 @@ class Server:
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0" if self.port else f"unix://{self.socket_path}"
+        return f"redis://{self.host}:{self.port}/0" if self.port else f"unix://{self.socket_path}"
 
     def start(self) -> None:
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 [
+                    *self.prefix,
                     self.binary,
                     *self.config,
                     *("--port", str(self.port), "--unixsocket", self.socket_path, "--dir", str(self.folder)),

@@ -6,12 +6,16 @@ All through the public API, on a real Valkey, behind the shipped proxy where it 
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import statistics
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -46,63 +50,144 @@ async def took(work: Awaitable[Any]) -> float:
     return perf_counter() - begun
 
 
-Breaks = Callable[[Server, FaultProxy], Any]
+class Outage(NamedTuple):
+    """A server that can be had, how it comes to be away, and how it comes back."""
+
+    url: str
+    begins: Callable[[], Any]
+    ends: Callable[[], Any] = lambda: None
 
 
-def _refused(server: Server, proxy: FaultProxy) -> None:
-    proxy.refuse()
-    proxy.cut()
+@contextmanager
+def _stopped(server: Server, _: FaultProxy) -> Iterator[Outage]:
+    yield Outage(server.url, server.pause, server.resume)
 
 
-def _swallowed(server: Server, proxy: FaultProxy) -> None:
-    proxy.black_hole()
+@contextmanager
+def _paused(server: Server, _: FaultProxy) -> Iterator[Outage]:
+    yield Outage(server.url, lambda: server.command("CLIENT", "PAUSE", 2_500, "ALL"))  # it ends by itself
 
 
-def _stopped(server: Server, proxy: FaultProxy) -> None:
-    server.pause()
+@contextmanager
+def _busy(server: Server, _: FaultProxy) -> Iterator[Outage]:
+    sleep = Thread(target=server.command, args=("DEBUG", "SLEEP", "2.5"))
+
+    def begin() -> None:
+        sleep.start()
+        with socket.create_connection(("127.0.0.1", server.port), timeout=0.05) as asks, suppress(TimeoutError):
+            while True:
+                asks.sendall(b"PING\r\n")
+                asks.recv(100)
+
+    yield Outage(server.url, begin)
+    sleep.join()
 
 
-def _paused(server: Server, proxy: FaultProxy) -> None:
-    server.command("CLIENT", "PAUSE", 2_500, "ALL")  # nobody can end it
+@contextmanager
+def _refused(_: Server, proxy: FaultProxy) -> Iterator[Outage]:
+    def begin() -> None:
+        proxy.refuse()
+        proxy.cut()
+
+    yield Outage(proxy.url, begin, proxy.heal)
 
 
-def _held(server: Server, proxy: FaultProxy) -> None:
-    proxy.hold()
+@contextmanager
+def _swallowed(_: Server, proxy: FaultProxy) -> Iterator[Outage]:
+    yield Outage(proxy.url, proxy.black_hole, proxy.heal)
+
+
+@contextmanager
+def _held(_: Server, proxy: FaultProxy) -> Iterator[Outage]:
+    yield Outage(proxy.url, proxy.hold, proxy.heal)
+
+
+@contextmanager
+def _unplugged(_: Server, __: FaultProxy) -> Iterator[Outage]:
+    """A server at the other end of a cable, which is pulled: nothing comes back, not even a refusal."""
+    name = f"mhc{os.getpid() % 1_000_000}"
+    here, there = (f"198.18.{os.getpid() % 256}.{last}" for last in (1, 2))
+
+    def ip(*command: str) -> None:
+        subprocess.run(["ip", *command], check=True, capture_output=True, text=True)
+
+    try:
+        ip("netns", "add", name)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces here: {error}")
+    try:
+        try:
+            ip("link", "add", f"{name}a", "type", "veth", "peer", "name", f"{name}b", "netns", name)
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no virtual cables here: {error.stderr}")
+        ip("address", "add", f"{here}/30", "dev", f"{name}a")
+        ip("-n", name, "address", "add", f"{there}/30", "dev", f"{name}b")
+        ip("link", "set", f"{name}a", "up")
+        ip("-n", name, "link", "set", f"{name}b", "up")
+        with valkey_server("--bind", there, "--protected-mode", "no", start=False) as server:
+            server.host, server.prefix = there, ("ip", "netns", "exec", name)
+            server.start()
+            yield Outage(
+                server.url,
+                lambda: ip("-n", name, "link", "set", f"{name}b", "down"),
+                lambda: ip("-n", name, "link", "set", f"{name}b", "up"),
+            )
+    finally:
+        ip("netns", "del", name)  # and the cable with it
 
 
 @pytest.mark.parametrize("covered", [False, True], ids=["alone", "with a fallback"])
-@pytest.mark.parametrize("breaks", [_refused, _swallowed, _stopped, _paused, _held])
+@pytest.mark.parametrize("outages", [_refused, _swallowed, _stopped, _paused, _busy, _held, _unplugged])
 async def test_an_outage_costs_a_call_its_loader_and_one_deadline_and_then_next_to_nothing(
-    server: Server, tmp_path: Path, breaks: Breaks, covered: bool
+    server: Server,
+    tmp_path: Path,
+    outages: Callable[[Server, FaultProxy], AbstractContextManager[Outage]],
+    covered: bool,
 ) -> None:
     loader_seconds = 0.2
-    async with (
-        FaultProxy(server.url) as proxy,
-        cached(proxy.url, tmp_path if covered else None) as cache,
-    ):
-        calls = 0
+    async with FaultProxy(server.url) as proxy:
+        with outages(server, proxy) as outage:
+            async with cached(outage.url, tmp_path if covered else None) as cache:
+                calls = 0
 
-        @acached(ttl=60, cache=cache)
-        async def loaded(number: int, seconds: float = 0.0) -> int:
-            nonlocal calls
-            calls += 1
-            await asyncio.sleep(seconds)
-            return number
+                @acached(ttl=60, cache=cache)
+                async def loaded(number: int, seconds: float = 0.0) -> int:
+                    nonlocal calls
+                    calls += 1
+                    await asyncio.sleep(seconds)
+                    return number
 
-        await loaded(-1)
-        breaks(server, proxy)
-        assert await took(loaded(0, loader_seconds)) < loader_seconds + DEADLINE + SLACK
-        await poll(lambda: cache.store.state().state != "healthy")
-        seconds = [await took(loaded(number)) for number in range(1, 40)]
-        if not covered:  # what the disk takes is the disk's
-            assert statistics.median(seconds) < 0.005  # 0.2 ms where nothing else runs
-        assert max(seconds) < DEADLINE
-        assert calls == 41
-        server.resume()
-        proxy.heal()
-        await poll(lambda: cache.store.state().state == "healthy")
-        await loaded(-1)
-        assert calls == 41  # as it was
+                await loaded(-1)
+                outage.begins()
+                assert await took(loaded(0, loader_seconds)) < loader_seconds + DEADLINE + SLACK
+                await poll(lambda: cache.store.state().state != "healthy")
+                seconds = [await took(loaded(number)) for number in range(1, 40)]
+                if not covered:  # what the disk takes is the disk's
+                    assert statistics.median(seconds) < 0.005  # 0.2 ms where nothing else runs
+                assert max(seconds) < DEADLINE
+                assert calls == 41
+                outage.ends()
+                await poll(lambda: cache.store.state().state == "healthy")
+                await loaded(-1)
+                assert calls == 41  # as it was
+
+
+async def test_a_server_whose_system_takes_no_connection(tmp_path: Path) -> None:
+    """The queue of its connections is full, so that the kernel drops whoever asks for one: SYNs without an answer."""
+    with socket.socket() as full, ExitStack() as queued:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(16):
+            one = queued.enter_context(socket.socket())
+            one.setblocking(False)
+            with suppress(BlockingIOError):
+                one.connect(full.getsockname())
+        with pytest.raises(TimeoutError):
+            socket.create_connection(full.getsockname(), timeout=0.2)
+        async with cached("redis://{}:{}/0".format(*full.getsockname()), tmp_path) as cache:
+            assert await took(cache.get_or_load("k", lambda: asyncio.sleep(0.2, 1))) < 0.2 + DEADLINE + SLACK
+            await poll(lambda: cache.store.state().state != "healthy")
+            assert await took(cache.get("k")) < DEADLINE
 
 
 async def test_a_thousand_callers_of_a_thousand_keys_wait_no_longer_than_one(server: Server) -> None:
