@@ -51,12 +51,26 @@ class Begun(NamedTuple):
 
 
 class Write(NamedTuple):
-    """One frame to store. ``keep``: seconds until it may go, None for ever. ``fence`` None: unconditional."""
+    """One frame to store.
+
+    Attributes:
+        key: Under what.
+        frame: What.
+        keep: Seconds until it may go; None: for ever.
+        fence: What must still stand there; None: whatever does.
+        by_caller: A caller's own word in spite of its fence, and not what a load has found.
+    """
 
     key: bytes
     frame: bytes
     keep: float | None
     fence: Fence | None
+    by_caller: bool = False
+
+    @property
+    def is_change(self) -> bool:
+        """Whether nothing that stood under the key before may be served any more, even if this can't be carried out."""
+        return self.fence is None or self.by_caller
 
 
 class Patch(NamedTuple):

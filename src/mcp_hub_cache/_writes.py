@@ -31,7 +31,7 @@ T = TypeVar("T")
 _Entry: TypeAlias = tuple[bytes, int, bytes, Life]  # key, codec, payload, how long it lives
 
 # What ``Write(...)`` does, without its frame of Python.
-_write: Final[Callable[[tuple[bytes, bytes, float | None, Fence | None]], Write]] = partial(tuple.__new__, Write)
+_write: Final[Callable[[tuple[bytes, bytes, float | None, Fence | None, bool]], Write]] = partial(tuple.__new__, Write)
 _TRIES: Final = 3  # for what is compared and written: others may be quicker so often
 
 
@@ -189,6 +189,7 @@ class Writes:
         life: Life,
         *,
         fence: Fence | None = None,
+        by_caller: bool = False,
         cost: float = 0.0,
         marks: tuple[Mark, ...] = (),
     ) -> Write:
@@ -208,7 +209,7 @@ class Writes:
         )
         if marks:
             self._prolong(key, marks, until.keep_until - now)
-        return _write((key, frame, until.keep(now), fence))
+        return _write((key, frame, until.keep(now), fence, by_caller))
 
     def _span(self, now: float, life: Life) -> Span:
         ttl, stale_ttl, jitter = life
@@ -263,7 +264,7 @@ class Writes:
             try:
                 if await self._reads.fresh_frame(session, key, begun.frame) is not None:
                     return False
-                write = self.framed(key, codec, payload, life, fence=begun.fence, marks=marks)
+                write = self.framed(key, codec, payload, life, fence=begun.fence, by_caller=True, marks=marks)
                 outcome = await self.put(session, write)
             finally:
                 if held is not None:

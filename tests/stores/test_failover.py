@@ -196,6 +196,18 @@ async def test_what_loads_stored_in_the_standby_says_nothing_about_the_primary(w
     assert await w.get(A) == b"old"
 
 
+async def test_what_was_added_in_the_standby_is_not_followed_by_what_the_primary_had(world: Make) -> None:
+    w = world()
+    await w.set(A, b"old")
+    await w.go_down()
+    (begun,) = await w.store.begin_many([A], hold=5.0)
+    added = Write(A, w.frame(A, b"added"), 600.0, begun.fence, by_caller=True)
+    assert await w.store.write_many([added]) == ["done"]
+    assert await w.get(A) == b"added"
+    await w.come_back()
+    assert await w.get(A) is None
+
+
 async def test_an_overflowing_journal_clears_everything(world: Make) -> None:
     w = world(max_journal=3)
     await w.set(A)

@@ -167,7 +167,7 @@ class Primary:
 
     def note(self, items: Iterable[Write | Patch]) -> None:
         """Nobody knows what became of *items*."""
-        self._keeper.note(item.key for item in items if item.fence is None)
+        self._keeper.note(item.key for item in items if _is_change(item))
 
     def changed(
         self, name: str, items: Sequence[W], answers: Sequence[Outcome] | StoreError, seconds: float
@@ -193,7 +193,7 @@ class Primary:
         if not failed:
             self.heard(name, lane, seconds, [item[1] for item in items if isinstance(item, Write)])
             return outcomes
-        self._keeper.note(item.key for item, error in failed if item.fence is None or _in_doubt(error))
+        self._keeper.note(item.key for item, error in failed if _is_change(item) or _in_doubt(error))
         self._keeper.failed(name, failed[0][1], lane)  # one round trip, one failure
         if isinstance(answers, StoreError) and not answers.outage:
             raise answers
@@ -237,6 +237,10 @@ class Primary:
         """See ``Used``; nothing where the store is none."""
         if isinstance(self.store, Used):
             await self._told("used", self.store.used_many(keys), self._lane(keys))
+
+
+def _is_change(item: Write | Patch) -> bool:
+    return isinstance(item, Write) and item.is_change
 
 
 def _in_doubt(error: StoreError) -> bool:

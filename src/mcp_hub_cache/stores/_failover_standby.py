@@ -109,12 +109,12 @@ class Standby:
         try:
             outcomes = await self.store.write_many(cut)
         except BaseException:
-            self._distrust(write.key for write in writes if write.fence is None)
+            self._distrust(write.key for write in writes if write.is_change)
             raise
         self._distrust(
             write.key
             for write, outcome in zip(writes, outcomes, strict=True)
-            if write.fence is None and isinstance(outcome, StoreError)
+            if write.is_change and isinstance(outcome, StoreError)
         )
         return outcomes
 

@@ -124,7 +124,7 @@ class Calls:
         """See ``Store.write_many``."""
         commands: list[Command] = []
         again = True
-        for key, frame, keep, fence in writes:
+        for key, frame, keep, fence, _ in writes:
             if len(frame) > BIG or key in self._big:
                 self._size_up(key, frame)
             ms = px(keep)

@@ -31,7 +31,7 @@ def set_all(writes: Sequence[Write]) -> bytes:
     parts: list[bytes] = []
     last: float | None = math.nan
     args, end = 3, b""
-    for key, frame, keep, _ in writes:
+    for key, frame, keep, _, _ in writes:
         if keep != last:
             last, ms = keep, px(keep)
             args, end = (5, b"\r\n$2\r\nPX\r\n$%d\r\n%b\r\n" % (len(ms), ms)) if ms else (3, b"\r\n")

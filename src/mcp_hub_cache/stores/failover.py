@@ -272,7 +272,7 @@ class FailoverStore:
         if not self._keeper.is_ready:
             await self._keeper.get_ready()
         if lane in self._health.away:
-            self._keeper.note(write.key for write in writes if write.fence is None)
+            self._keeper.note(write.key for write in writes if write.is_change)
             standby = self._routes.away(lane)
             try:
                 return await standby.write_many(fitted(writes, self.id, standby.store))
