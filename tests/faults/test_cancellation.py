@@ -21,6 +21,7 @@ from mcp_hub_cache import Cache, FileCache, Policy, RedisCache
 from mcp_hub_cache.stores.file import FileStore
 from mcp_hub_cache.stores.memory import MemoryStore
 from tests.backends import PATIENT, poll, turns
+from tests.clusters import SERVICE, Cluster, Watched, cluster, watched
 from tests.servers import Server, free_port, valkey_server
 
 OLD, NEW, LOADED, LATER = ["old"], ["new"], ["loaded"], ["later"]
@@ -38,6 +39,18 @@ def valkey() -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Cluster]:
+    with cluster(replicas=0) as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="module")
+def sentinels() -> Iterator[Watched]:
+    with watched() as servers:
+        yield servers
+
+
 def _place(name: str, folder: Path, request: pytest.FixtureRequest) -> Place:
     """What opens caches on one backend, all on the same."""
     if name == "memory":
@@ -45,12 +58,26 @@ def _place(name: str, folder: Path, request: pytest.FixtureRequest) -> Place:
         return lambda: Cache(store, timeout=PATIENT)
     if name == "file":
         return lambda: FileCache(folder, timeout=PATIENT)
+    if name == "cluster":
+        nodes: Cluster = request.getfixturevalue("nodes")
+        return lambda: RedisCache(nodes.url, cluster=True, timeout=PATIENT)
+    if name == "sentinel":
+        hosts: str = request.getfixturevalue("sentinels").hosts
+        return lambda: RedisCache(f"sentinel://{hosts}/{SERVICE}", timeout=PATIENT)
     is_gone = name == "server gone"
     url = f"redis://127.0.0.1:{free_port()}/0" if is_gone else request.getfixturevalue("valkey").url
     return lambda: RedisCache(url, fallback=None if name == "redis" else FileStore(folder), timeout=PATIENT)
 
 
-PLACES: Final = ("memory", "file", "redis", "failover", "server gone")
+PLACES: Final = (
+    "memory",
+    "file",
+    "redis",
+    "failover",
+    "server gone",
+    pytest.param("cluster", marks=pytest.mark.long),
+    pytest.param("sentinel", marks=pytest.mark.long),
+)
 
 
 # What is cancelled
