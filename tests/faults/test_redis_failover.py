@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from mcp_hub_cache import Cache, RedisCache
 from mcp_hub_cache import _exceptions as errors
 from mcp_hub_cache._protocols import Write
 from mcp_hub_cache.stores.failover import FailoverStore
+from mcp_hub_cache.stores.file import FileStore
 from mcp_hub_cache.stores.redis import RedisStore
 from mcp_hub_cache.testing import entry_frame
 from tests.backends import poll
@@ -235,3 +237,38 @@ async def test_a_former_primary_that_came_back_is_not_written_to(fleet: Watched)
     await poll(written, SECONDS)
     assert fleet.primary().command("EXISTS", "c") == 1
     await store.aclose()
+
+
+async def test_files_stand_in_for_the_keys_of_one_node(tmp_path: Path) -> None:
+    """One node hangs and comes back: its keys alone go to the files, and what was deleted meanwhile stays so."""
+    with cluster("--cluster-require-full-coverage", "no", replicas=0) as nodes:
+        options = {"failover": {"probe_max": 0.5}, "timeout": 1.0}
+        async with RedisCache(nodes.url, cluster=True, fallback=FileStore(tmp_path), **options) as cache:  # type: ignore[arg-type]  # of several types
+            keys = [f"k{number}" for number in range(60)]
+            await cache.set_many(dict.fromkeys(keys, "old"))
+            stopped = nodes.nodes[0]
+            lane = f"127.0.0.1:{stopped.port}"
+            theirs = [key for key in keys if cache.store.lane(cache._key(key)) == lane]
+            others = [key for key in keys if key not in theirs]
+            assert len(theirs) > 5 and len(others) > 5
+            stopped.pause()
+            try:
+                await asyncio.gather(*(cache.get(key) for key in theirs))
+                await poll(lambda: cache.store.state().state == "degraded", SECONDS)
+                deleted, replaced_, left = theirs[0], theirs[1], theirs[2]
+                await cache.delete(deleted)
+                await cache.set(replaced_, "new")
+                assert await cache.get_many([deleted, replaced_, left]) == {replaced_: "new"}
+                for key in others:
+                    assert await cache.get(key) == "old"
+                await cache.delete(others[0])
+                assert await cache.get(others[0]) is None
+            finally:
+                stopped.resume()
+
+            async def is_back() -> bool:
+                return cache.store.state().state == "healthy" and await cache.get(left) == "old"
+
+            await poll(is_back, SECONDS)
+            assert await cache.get_many([deleted, replaced_, others[0]]) == {}
+            assert await cache.get_many(others[1:]) == dict.fromkeys(others[1:], "old")
