@@ -64,7 +64,7 @@ DRIVERS: dict[str, set[str]] = {
     "aiofiles": {"stores/file"},
     "cryptography": {"_seal"},
     "dotenv": {"_settings"},
-    "hiredis": {"stores/_redis_wire"},
+    "hiredis": {"stores/_redis_link"},
     "mcp": {"cli"},
     "msgspec": set(),
     "orjson": {"_tagged"},

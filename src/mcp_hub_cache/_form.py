@@ -37,8 +37,13 @@ class Form(Protocol):
         codec: int = ...,
         cost: float = ...,
         marks: tuple[Mark, ...] = ...,
+        summed: int | None = ...,
     ) -> bytes:
         """See ``_frame.pack``; so for all that follow."""
+        ...
+
+    def sums_to_pack(self, key: bytes, payload: bytes, marks: tuple[Mark, ...], step: int) -> Iterator[int]:
+        """See there."""
         ...
 
     def sums(self, data: bytes, step: int) -> Iterator[int]:

@@ -161,6 +161,7 @@ def pack(
     codec: int = 0,
     cost: float = 0.0,
     marks: tuple[Mark, ...] = (),
+    summed: int | None = None,
 ) -> bytes:
     """Return the bytes to store under *key*.
 
@@ -175,6 +176,7 @@ def pack(
         codec: How the payload is encoded.
         cost: Seconds the load took; 0 if unknown.
         marks: Tag digests of 16 bytes with marks of 8.
+        summed: The last of ``sums_to_pack``, where that was had in steps.
 
     Raises:
         ValueError: A part is longer than the format can say.
@@ -185,9 +187,17 @@ def pack(
     front = join_front(key, marks) if marks else key
     head = _HEAD.pack(
         _START, kind, codec, 0, token, created, fresh_until, keep_until, cost, key_length, mark_count, size, size,
-        crc32(payload, crc32(front)),
+        crc32(payload, crc32(front)) if summed is None else summed,
     )  # fmt: skip
     return b"".join((head, _CRC.pack(crc32(head)), front, payload))
+
+
+def sums_to_pack(key: bytes, payload: bytes, marks: tuple[Mark, ...], step: int) -> Iterator[int]:
+    """Yield the checksum that ``pack`` takes, *step* bytes further each time: the last is all."""
+    total, view = crc32(join_front(key, marks)), memoryview(payload)
+    for start in range(0, len(payload), step):
+        total = crc32(view[start : start + step], total)
+        yield total
 
 
 def join_front(key: bytes, marks: tuple[Mark, ...]) -> bytes:

@@ -37,6 +37,7 @@ from ._freshness import Life
 from ._marks import OWNED
 from ._protocols import Outcome, Write
 from ._reads import Reads
+from ._steps import LARGE
 from ._tags import ANY_DIGEST, tag_digest
 from ._trip import Landed, Plan, Trip
 from ._turn import Turn
@@ -189,7 +190,7 @@ class Leader:
         marks = await self._marks(trip)
         if marks is None:
             return None
-        return await self._writes.put(self._session, self._framed(trip, FAILURE, payload, Life(ttl), 0.0, marks))
+        return await self._writes.put(self._session, await self._framed(trip, FAILURE, payload, Life(ttl), 0.0, marks))
 
     def _rest(self, trip: Trip) -> None:
         """Nobody need wait for what has failed, or try again at once where there is something to serve."""
@@ -242,7 +243,7 @@ class Leader:
         taken = self._turn.taken
         if taken is not None and value is self._decided.unchanged:
             return await self._let_live(trip, taken, life, marks)
-        return await self._writes.put(self._session, self._framed(trip, codec, payload, life, cost, marks))
+        return await self._writes.put(self._session, await self._framed(trip, codec, payload, life, cost, marks))
 
     def _life(self, value: Any) -> Life | None:
         """How long *value* is to live; None: it is not to be stored."""
@@ -283,20 +284,23 @@ class Leader:
             return None
         return (*trip.marks, *(Mark(digest, mark) for digest, mark in taken.items()))
 
-    def _framed(  # noqa: PLR0917  # what an entry is made of
+    async def _framed(  # noqa: PLR0917  # what an entry is made of
         self, trip: Trip, codec: int, payload: bytes, life: Life, cost: float, marks: tuple[Mark, ...]
     ) -> Write:
         assert trip.begun is not None
         if self._plan.owner is not None:
             marks = (*marks, Mark(self._plan.owner, OWNED))
-        return self._writes.framed(self._key, codec, payload, life, fence=trip.begun.fence, cost=cost, marks=marks)
+        summed = await self._writes.summed(self._key, payload, marks) if len(payload) > LARGE else None
+        return self._writes.framed(
+            self._key, codec, payload, life, fence=trip.begun.fence, cost=cost, marks=marks, summed=summed
+        )
 
     async def _let_live(self, trip: Trip, taken: Frame, life: Life, marks: tuple[Mark, ...]) -> Outcome:
         """Let what is stored live anew: by its head alone, unless it is to have more marks."""
         if set(marks) <= set(taken.marks):
             return await self._writes.patch(self._session, self._writes.patched(self._key, taken, life))
         head = taken.head
-        write = self._framed(trip, head.codec, bytes(taken.payload), life, head.cost, marks)
+        write = await self._framed(trip, head.codec, bytes(taken.payload), life, head.cost, marks)
         return await self._writes.put(self._session, write)
 
     def _try_encode(self, value: Any, *, wanted: bool) -> tuple[int, bytes | None]:

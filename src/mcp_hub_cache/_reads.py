@@ -27,7 +27,7 @@ from ._l1 import NOT_SHARED
 from ._marks import OWNED, Standing
 from ._near import Near
 from ._protocols import Observer
-from ._steps import LARGE, copied, last
+from ._steps import LARGE, STEP, copied, last
 
 _ENTRY: Final = int(Kind.ENTRY)  # an Enum's members are looked up slowly
 
@@ -159,7 +159,7 @@ class Reads:
         *near*, made before the store was asked, is filled with it and put in L1.
         """
         large = data is not None and LARGE < len(data) <= self._max_frame
-        summed = await last(self._engine.form.sums(data, LARGE)) if large and data is not None else None
+        summed = await last(self._engine.form.sums(data, STEP)) if large and data is not None else None
         frame = self.intact(key, data, summed)
         if frame is None:
             return None

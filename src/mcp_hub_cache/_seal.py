@@ -123,6 +123,7 @@ class Seal:
         codec: int = 0,
         cost: float = 0.0,
         marks: tuple[Mark, ...] = (),
+        summed: int | None = None,  # noqa: ARG002  # as of plain frames
     ) -> bytes:
         """Return the bytes to store under *key*. See ``_frame.pack``; so for all that follow."""
         size = len(payload)
@@ -136,6 +137,16 @@ class Seal:
         keys, salt = self._keys[0], self._draw(SALT_SIZE)
         sealed = keys.seal(salt, payload, signed[4:16] + signed[40:] + front)
         return b"".join((signed, keys.mac(signed, key), front, salt, sealed))
+
+    def sums_to_pack(
+        self,
+        key: bytes,  # noqa: ARG002  # as of plain frames
+        payload: bytes,  # noqa: ARG002
+        marks: tuple[Mark, ...],  # noqa: ARG002
+        step: int,  # noqa: ARG002
+    ) -> Iterator[int]:
+        """Yield nothing: there is no checksum."""
+        return iter(())
 
     def sums(self, data: bytes, step: int) -> Iterator[int]:  # noqa: ARG002  # as of plain frames
         """Yield nothing: there is no checksum."""

@@ -23,6 +23,7 @@ from ._freshness import Life, Span, span
 from ._placeholders import heed
 from ._protocols import Fence, Outcome, Patch, Write
 from ._reads import Reads
+from ._steps import LARGE, STEP, last
 from ._tags import ANY_DIGEST, mark_key, tag_digest
 from ._tokens import new_token
 
@@ -89,7 +90,8 @@ class Writes:
         if tags:
             await self._write_chunk(session, [(key, codec, payload, life)], tags)
             return
-        write = self.framed(key, codec, payload, life)
+        summed = await self.summed(key, payload, ()) if len(payload) > LARGE else None
+        write = self.framed(key, codec, payload, life, summed=summed)
         # ``_submit`` spelled out: one coroutine less.
         try:
             outcome: Outcome = await session.lines.write(self._write, key, write, len(write.frame))
@@ -145,7 +147,9 @@ class Writes:
 
     async def _write_marked(self, session: Session, entries: Sequence[_Entry], marks: tuple[Mark, ...]) -> None:
         errors: list[StoreError] = []
-        writes = [self.framed(*entry, marks=marks) for entry in entries]
+        writes = [
+            self.framed(*entry, marks=marks, summed=await self.summed(entry[0], entry[2], marks)) for entry in entries
+        ]
         outcomes = await self._submit_all(session, self._write, [(one.key, one) for one in writes])
         for write, outcome in zip(writes, outcomes, strict=True):
             if isinstance(outcome, StoreError):
@@ -181,6 +185,12 @@ class Writes:
             for key, _ in items:
                 session.l1.drop(key)
 
+    async def summed(self, key: bytes, payload: bytes, marks: tuple[Mark, ...]) -> int | None:
+        """Return what makes ``framed`` quick with a *payload* that is large; None: it is not, or nothing does."""
+        if len(payload) <= LARGE:
+            return None
+        return await last(self._engine.form.sums_to_pack(key, payload, marks, STEP))
+
     def framed(
         self,
         key: bytes,
@@ -192,6 +202,7 @@ class Writes:
         by_caller: bool = False,
         cost: float = 0.0,
         marks: tuple[Mark, ...] = (),
+        summed: int | None = None,
     ) -> Write:
         """Return the write of a new entry, as of now; sees that its marks live as long as it does."""
         now = self._store.now()
@@ -206,6 +217,7 @@ class Writes:
             keep_until=until.keep_until,
             cost=cost,
             marks=marks,
+            summed=summed,
         )
         if marks:
             self._prolong(key, marks, until.keep_until - now)
@@ -264,7 +276,10 @@ class Writes:
             try:
                 if await self._reads.fresh_frame(session, key, begun.frame) is not None:
                     return False
-                write = self.framed(key, codec, payload, life, fence=begun.fence, by_caller=True, marks=marks)
+                summed = await self.summed(key, payload, marks)
+                write = self.framed(
+                    key, codec, payload, life, fence=begun.fence, by_caller=True, marks=marks, summed=summed
+                )
                 outcome = await self.put(session, write)
             finally:
                 if held is not None:

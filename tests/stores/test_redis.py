@@ -17,7 +17,8 @@ from mcp_hub_cache import _exceptions as errors
 from mcp_hub_cache._frame import HEAD_SIZE, Kind, pack
 from mcp_hub_cache._protocols import Coherent, Fence, Leases, Outcome, Store, Used, Write
 from mcp_hub_cache.stores._redis_commands import px, set_all
-from mcp_hub_cache.stores._redis_wire import pack as redis_pack
+from mcp_hub_cache.stores._redis_inlet import Inlet
+from mcp_hub_cache.stores._redis_link import pack as redis_pack
 from mcp_hub_cache.stores.redis import BIG, RedisStore
 from mcp_hub_cache.testing import StoreConformance, entry_frame
 from tests.backends import poll
@@ -142,7 +143,7 @@ def test_what_is_packed_by_hand_is_what_the_driver_would_pack() -> None:
     frames += [Write(b"m", b"x", 0.0001, None), Write(b"n", b"x", 1e300, None), Write(b"o", b"x", None, None)]
     packed = [
         redis_pack((b"SET", key, frame, *((b"PX", px(keep)) if keep is not None else ())))
-        for key, frame, keep, _ in frames
+        for key, frame, keep, *_ in frames
     ]
     assert set_all(frames) == b"".join(packed)
 
@@ -242,6 +243,19 @@ async def test_big_values_get_a_lane_of_their_own(store: RedisStore) -> None:
     await other.get_many([b"small", b"big"])
     assert other.lane(b"big") == "bulk"
     await other.aclose()
+
+
+async def test_big_values_are_received_where_they_stay(store: RedisStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[int] = []
+    value = Inlet.value
+    monkeypatch.setattr(Inlet, "value", lambda inlet: received.append(1) or value(inlet))  # type: ignore[func-returns-value]  # to count
+    keys = [b"big%d" % number for number in range(3)]
+    written = [Write(key, secrets.token_bytes(3_000_000), 60.0, None) for key in keys]
+    await store.write_many(written)
+    for _ in range(3):
+        assert await store.get_many([keys[0], b"gone"]) == [written[0].frame, None]
+        assert await store.get_many(keys) == [write.frame for write in written]
+    assert len(received) >= 9  # not where a connection's first words came with it
 
 
 def store_url(store: RedisStore) -> str:

@@ -18,8 +18,9 @@ from mcp_hub_cache import _exceptions as errors
 from mcp_hub_cache._lifetime import PerLoop
 from mcp_hub_cache.stores._redis_address import Address
 from mcp_hub_cache.stores._redis_clock import Clock, steady
+from mcp_hub_cache.stores._redis_link import Doubt, pack
 from mcp_hub_cache.stores._redis_places import Fixed
-from mcp_hub_cache.stores._redis_wire import Doubt, Wire, Wires, pack
+from mcp_hub_cache.stores._redis_wire import Wire, Wires
 from tests.servers import valkey_server
 
 GET = pack((b"GET", b"k"))
@@ -80,8 +81,10 @@ async def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
 
 
 @asynccontextmanager
-async def opened(script: Script, *, timeout: float = 5.0, clock: Clock | None = None) -> AsyncIterator[Wire]:
-    wire = Wire(asyncio.get_running_loop(), Address(path=script.path), timeout, clock or Clock())
+async def opened(
+    script: Script, *, timeout: float = 5.0, clock: Clock | None = None, bulk: bool = False
+) -> AsyncIterator[Wire]:
+    wire = Wire(asyncio.get_running_loop(), Address(path=script.path), timeout, clock or Clock(), bulk=bulk)
     yield wire
     await wire.aclose()
 
@@ -113,6 +116,80 @@ async def test_a_reply_in_pieces(script: Script) -> None:
             script.say(bytes([byte]))
             await asyncio.sleep(0)
         assert await future == b"he\r\nl"
+
+
+async def _warm(script: Script, wire: Wire) -> None:
+    """Have everything out of the way that comes over a new connection."""
+    warm = wire.send(GET, 1, first)
+    await script.asked.get()
+    script.say(b"+warm\r\n")
+    assert await warm == b"warm"
+
+
+def _large(value: bytes) -> bytes:
+    return b"*1\r\n$%d\r\n%b\r\n" % (len(value), value)
+
+
+@pytest.mark.parametrize("cuts", ["none", "header", "in the header", "end", "in the end", "behind the end", "many"])
+async def test_large_values_are_received_in_place(script: Script, cuts: str) -> None:
+    """Wherever what comes is cut, and whatever comes before, between and behind."""
+    values = [os.urandom(size) for size in (1_000_000, 70_000, 3_000_000, 10)]
+    said = b"*1\r\n$-1\r\n" + b"".join(map(_large, values)) + b"*1\r\n$2\r\nok\r\n"
+    begin = said.index(b"*1\r\n$1000000")
+    end = begin + len(_large(values[0]))
+    places = {
+        "none": [],
+        "header": [begin, begin + 14],
+        "in the header": [begin, begin + 7, begin + 9],
+        "end": [begin, end - 2],
+        "in the end": [begin, end - 1],
+        "behind the end": [begin, end, end + 3],
+        "many": [begin, *range(begin + 16, len(said), 37_001)],
+    }[cuts]
+    async with opened(script, bulk=True) as wire:
+        futures = [wire.send(GET, 1, first) for _ in range(6)]
+        for _ in futures:
+            await script.asked.get()
+        for start, stop in zip([0, *places], [*places, len(said)], strict=True):
+            script.say(said[start:stop])
+            await script.writers[-1].drain()
+            await asyncio.sleep(0.001)
+        assert await asyncio.gather(*futures) == [[None], *([value] for value in values), [b"ok"]]
+        assert all(type(future.result()[0]) is bytes for future in futures[1:])
+        assert script.accepted == 1
+
+
+async def test_a_large_value_whose_caller_left_is_thrown_away(script: Script) -> None:
+    async with opened(script, bulk=True) as wire:
+        await _warm(script, wire)
+        gone, mine = wire.send(GET, 1, first), wire.send(GET, 1, first)
+        for _ in range(2):
+            await script.asked.get()
+        script.say(_large(bytes(1_000_000))[:500_000])
+        await asyncio.sleep(0.001)
+        gone.cancel()
+        script.say(bytes(1_000_000 - (500_000 - 14)) + b"\r\n+mine\r\n")
+        assert await mine == b"mine"
+
+
+@pytest.mark.parametrize("how", ["hangs up", "says more", "is aborted"])
+async def test_a_large_value_that_does_not_end_as_it_should(script: Script, how: str) -> None:
+    async with opened(script, bulk=True) as wire:
+        await _warm(script, wire)
+        one, other = wire.send(GET, 1, first), wire.send(GET, 1, first)
+        for _ in range(2):
+            await script.asked.get()
+        script.say(_large(bytes(1_000_000))[:500_000])
+        await asyncio.sleep(0.001)
+        if how == "hangs up":
+            script.hang_up()
+        elif how == "is aborted":
+            await wire.aclose()
+        else:
+            script.say(bytes(600_000))
+        for future in (one, other):
+            with pytest.raises(errors.StoreError):
+                await future
 
 
 async def test_a_server_that_hangs_up_while_its_connection_changes_hands(script: Script) -> None:

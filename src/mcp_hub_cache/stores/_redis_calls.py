@@ -27,9 +27,9 @@ from . import next_store_id
 from ._redis_clock import Clock
 from ._redis_commands import get_range, px
 from ._redis_errors import store_error
+from ._redis_link import Doubt, ReplyError, pack
 from ._redis_outlet import BIG, in_parts
 from ._redis_scripts import BEGIN, DELETE, PATCH, RELEASE, RENEW, WRITE
-from ._redis_wire import Doubt, ReplyError, pack
 
 T = TypeVar("T")
 Command = bytes | list[bytes]

@@ -27,10 +27,11 @@ from .._protocols import Outcome, Write
 from ._redis_calls import Calls, Command, done
 from ._redis_commands import facts_of, get_range, is_entry, touches
 from ._redis_errors import not_redis, store_error, timed_out
+from ._redis_link import ReplyError, pack
 from ._redis_nodes import Map, Node, Nodes, out_of_reach
 from ._redis_outlet import BIG
 from ._redis_slots import redirection, slot_of
-from ._redis_wire import ReplyError, Wire, Wires, pack
+from ._redis_wire import Wire, Wires
 from .redis import RedisStore
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from .._frame import MAGIC, Kind
 from .._protocols import Write
-from ._redis_wire import pack
+from ._redis_link import pack
 
 _TOUCHED: Final = 128  # keys of one command
 _ENTRY: Final = bytes([Kind.ENTRY])

@@ -16,8 +16,8 @@ from typing import Any, Final, Protocol
 from .._exceptions import StoreError, StorePermissionError
 from ._redis_driver import hand_over
 from ._redis_errors import lost, not_redis, store_error
+from ._redis_link import NOTHING, ReplyError, pack, parser
 from ._redis_places import Place
-from ._redis_wire import NOTHING, ReplyError, pack, parser
 
 _CHANNEL: Final = b"__redis__:invalidate"
 _ID: Final = pack((b"CLIENT", b"ID"))

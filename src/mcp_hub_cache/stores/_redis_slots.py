@@ -8,7 +8,7 @@ from __future__ import annotations
 from binascii import crc_hqx
 from typing import Any, Final, NamedTuple
 
-from ._redis_wire import ReplyError
+from ._redis_link import ReplyError
 
 SLOTS: Final = 16384
 _UNKNOWN: Final = frozenset({"", "?"})

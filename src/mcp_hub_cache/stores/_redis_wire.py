@@ -21,10 +21,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Final, TypeVar, cast
-
-import hiredis
-from hiredis import ReplyError
+from typing import Any, Final, TypeVar
 
 from .._answer import Answer
 from .._exceptions import StoreError
@@ -32,130 +29,15 @@ from ._redis_address import Address
 from ._redis_clock import Clock, steady
 from ._redis_driver import hand_over
 from ._redis_errors import lost, not_redis, store_error, timed_out, unreachable
-from ._redis_outlet import Outlet
+from ._redis_link import BulkLink, Link, Request, pack
 from ._redis_places import IDENTIFY, Fixed, Place
-
-__all__ = ["NOTHING", "Doubt", "ReplyError", "Wire", "Wires", "pack", "parser"]
 
 T = TypeVar("T")
 
-# Typed here, since hiredis declares a tuple of one.
-pack = cast("Callable[[tuple[bytes, ...]], bytes]", hiredis.pack_command)
-"""Make a command's bytes of its parts."""
-
-NOTHING: Final = object()
-"""What a parser's ``gets`` answers where no whole reply is left."""
-
 _LATE: Final = 0.05  # seconds by which a timer may be late before the process counts as busy
 _GRACE: Final = 0.1  # seconds granted then
-_BUFFER: Final = 256 * 1024
 _TIME: Final = pack((b"TIME",))
 _QUESTION: Final = _TIME + b"".join(map(pack, IDENTIFY))
-
-
-def parser() -> hiredis.Reader:
-    """Return a new parser of what a server says."""
-    return hiredis.Reader(notEnoughData=NOTHING)
-
-
-class Doubt(Exception):  # noqa: N818  # not an error to be shown: it becomes one
-    """Raised by a ``convert``: the reply is of a shape that its request can't have. Ends the connection."""
-
-
-class _Request:
-    __slots__ = ("again", "convert", "count", "data", "future", "sent")
-
-    def __init__(
-        self,
-        future: Answer[Any],
-        data: bytes | Sequence[bytes],
-        count: int,
-        convert: Callable[[list[Any]], Any],
-        sent: float,
-        *,
-        again: bool,
-    ) -> None:
-        self.future = future
-        self.data = data
-        self.count = count
-        self.convert = convert
-        self.sent = sent
-        self.again = again
-
-
-class _Link(asyncio.BufferedProtocol):
-    """One connection's protocol: parses, and resolves the oldest request of its wire."""
-
-    def __init__(self, wire: Wire, loop: asyncio.AbstractEventLoop, writer: asyncio.StreamWriter) -> None:
-        self._wire = wire
-        # Kept because a StreamWriter closes its transport when it is finalised.
-        self._writer = writer
-        self.transport: asyncio.WriteTransport = writer.transport
-        self._outlet = Outlet(loop, self.transport)
-        self.write = self._outlet.write
-        self.closed: asyncio.Future[None] = loop.create_future()
-        self.pending: deque[_Request] = deque()
-        self.asked: _Request | None = None  # what it was asked first of all
-        self.heard = False
-        self._buffer = bytearray(_BUFFER)
-        # A view, since asyncio's TLS reads into slices of what it gets: of a bytearray, they would be copies.
-        self._view = memoryview(self._buffer)
-        self._replies: list[Any] = []
-        reader = parser()
-        self._feed = cast("Callable[[bytearray, int, int], None]", reader.feed)  # it takes any buffer
-        self._gets = reader.gets
-
-    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002  # the base class's signature
-        return self._view
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self.heard = True
-        try:
-            self._feed(self._buffer, 0, nbytes)
-            self._take()
-        except Exception:  # noqa: BLE001  # whatever it was: the replies can't be told apart any more
-            self._wire.on_doubt(self)
-
-    def _take(self) -> None:
-        gets, pending, replies = self._gets, self.pending, self._replies
-        while (reply := gets()) is not NOTHING:
-            if not pending:
-                raise Doubt
-            request = pending[0]
-            replies.append(reply)
-            if len(replies) < request.count:
-                continue
-            pending.popleft()
-            answer, self._replies = replies, []
-            replies = self._replies
-            future = request.future
-            if future.done():
-                continue
-            try:
-                converted = request.convert(answer)
-            except StoreError as error:
-                future.set_exception(error)
-            except Exception:
-                pending.appendleft(request)  # so that it fails with the others
-                raise
-            else:
-                future.set_result(converted)
-
-    def pause_writing(self) -> None:
-        self._outlet.pause()
-
-    def resume_writing(self) -> None:
-        self._outlet.resume()
-
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # the base class's signature
-        if not self.closed.done():
-            self.closed.set_result(None)
-        self._wire.on_lost(self)
-
-    def abort(self) -> None:
-        """End the connection now; nothing that still comes is looked at."""
-        self.pending = deque()
-        self.transport.abort()
 
 
 class Wire:
@@ -166,18 +48,28 @@ class Wire:
         place: Where to connect: a server's address, or what finds it.
         timeout: Seconds from ``send`` to the answer, connecting included.
         clock: Learns the server's time with every connect, and now and then.
+        bulk: Whether large values are asked for, each by itself.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, place: Address | Place, timeout: float, clock: Clock) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        place: Address | Place,
+        timeout: float,
+        clock: Clock,
+        *,
+        bulk: bool = False,
+    ) -> None:
+        self._link_class = BulkLink if bulk else Link
         self._loop = loop
         self._place: Place = Fixed(place) if isinstance(place, Address) else place
         self._timeout = timeout
         self._clock = clock
-        self._pending: deque[_Request] = deque()
-        self._link: _Link | None = None
-        self._opening: asyncio.Task[_Link] | None = None
+        self._pending: deque[Request] = deque()
+        self._link: Link | None = None
+        self._opening: asyncio.Task[Link] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._graced: _Request | None = None
+        self._graced: Request | None = None
         self._ask_at = 0.0
         self._question = _QUESTION
         self._ending: set[asyncio.Future[Any]] = set()  # given up, but not over yet
@@ -210,7 +102,7 @@ class Wire:
             future.set_exception(unreachable(self._place.where, "The store was closed."))
             return future
         sent = self._loop.time() if since is None else since
-        request = _Request(future, data, count, convert, sent, again=again)
+        request = Request(future, data, count, convert, sent, again=again)
         pending = self._pending
         pending.append(request)
         link = self._link
@@ -232,13 +124,13 @@ class Wire:
         self._ending.add(task)
         task.add_done_callback(self._opened)
 
-    async def _connect(self) -> _Link:
+    async def _connect(self) -> Link:
         writer = await self._place.open(self._timeout)
-        link = _Link(self, self._loop, writer)
+        link = self._link_class(self, self._loop, writer)
         hand_over(writer, link)
         return link
 
-    def _opened(self, task: asyncio.Task[_Link]) -> None:
+    def _opened(self, task: asyncio.Task[Link]) -> None:
         self._ending.discard(task)
         given_up = task is not self._opening
         if not given_up:
@@ -256,7 +148,7 @@ class Wire:
         else:
             self._begin(task.result())
 
-    def _begin(self, link: _Link) -> None:
+    def _begin(self, link: Link) -> None:
         """Send what has gathered, behind the question for the time and who it is."""
         waiting = [request for request in self._pending if not request.future.done()]
         link.asked = question = self._ask(waiting[0].sent if waiting else self._loop.time())
@@ -265,13 +157,13 @@ class Wire:
         for request in self._pending:
             link.write(request.data)
 
-    def _ask(self, sent: float) -> _Request:
+    def _ask(self, sent: float) -> Request:
         self._ask_at = self._loop.time() + self._place.ask_every
         asked = steady()
         future: Answer[None] = Answer(loop=self._loop)
         future.add_done_callback(_retrieve)
         count = 3 if self._question is _QUESTION else 1
-        return _Request(future, self._question, count, lambda replies: self._learn(replies, asked), sent, again=False)
+        return Request(future, self._question, count, lambda replies: self._learn(replies, asked), sent, again=False)
 
     def _learn(self, replies: list[Any], asked: float) -> None:
         time, *identity = replies
@@ -281,7 +173,7 @@ class Wire:
 
     # Ending
 
-    def on_lost(self, link: _Link) -> None:
+    def on_lost(self, link: Link) -> None:
         """*link*'s connection has ended, by the server or by ``abort``."""
         if link is not self._link:
             return
@@ -302,7 +194,7 @@ class Wire:
             self._open()
         _fail(failed, lost(self._place.where))  # last: who hears of it may send at once
 
-    def on_doubt(self, link: _Link) -> None:
+    def on_doubt(self, link: Link) -> None:
         """*link* brought something that can't be told apart from a mix-up."""
         self._end(link)
         if link is self._link:
@@ -336,7 +228,7 @@ class Wire:
             self._end(link)
         self._fail(error)
 
-    def _end(self, link: _Link) -> None:
+    def _end(self, link: Link) -> None:
         if not link.closed.done():
             self._ending.add(link.closed)
             link.closed.add_done_callback(self._ending.discard)
@@ -380,7 +272,8 @@ class Wires:
     def __init__(
         self, loop: asyncio.AbstractEventLoop, place: Address | Place, timeout: float, clock: Clock, limit: int
     ) -> None:  # fmt: skip
-        self._all = [Wire(loop, place, timeout, clock) for _ in range(min(limit, 4))]
+        count = min(limit, 4)
+        self._all = [Wire(loop, place, timeout, clock, bulk=number == min(2, count - 1)) for number in range(count)]
         self.reads = self._all[0]
         self.writes = self._all[min(1, len(self._all) - 1)]
         self.bulk = self._all[min(2, len(self._all) - 1)]
@@ -397,7 +290,7 @@ class Wires:
             await wire.aclose()
 
 
-def _fail(requests: deque[_Request] | list[_Request], error: StoreError) -> None:
+def _fail(requests: deque[Request] | list[Request], error: StoreError) -> None:
     for request in requests:
         if not request.future.done():
             request.future.set_exception(error.again())

@@ -29,11 +29,12 @@ from .._protocols import Outcome, Write
 from ._redis_calls import Calls, Command, done
 from ._redis_commands import escape, facts_of, get_range, is_entry, set_all, touches
 from ._redis_feed import Connections, Feed
+from ._redis_link import Doubt, pack
 from ._redis_outlet import BIG
 from ._redis_places import Fixed, Identity
 from ._redis_sentinel import Sentinels
 from ._redis_target import make_target
-from ._redis_wire import Doubt, Wire, pack
+from ._redis_wire import Wire
 
 T = TypeVar("T")
 
@@ -179,12 +180,15 @@ class RedisStore(Calls):
         if not keys:
             return done([])
         wires = self._wires.get()
-        big = self._big and not self._big.keys().isdisjoint(keys)
-        wire = wires.bulk if big else wires.reads
-        return wire.send(pack((b"MGET", *keys)), 1, partial(self._values, keys), again=True)
+        if self._big and not self._big.keys().isdisjoint(keys):  # each by itself: see the wire
+            commands = b"".join([pack((b"MGET", key)) for key in keys])
+            return wires.bulk.send(commands, len(keys), partial(self._values, keys), again=True)
+        return wires.reads.send(pack((b"MGET", *keys)), 1, partial(self._values, keys), again=True)
 
     def _values(self, keys: Sequence[bytes], replies: list[Any]) -> list[bytes | None]:
         values: list[bytes | None] = self._plain(replies[0], list)
+        for reply in replies[1:]:
+            values += self._plain(reply, list)
         if len(values) != len(keys):
             raise Doubt
         if max(map(len, filter(None, values)), default=0) > BIG or (
