@@ -186,13 +186,13 @@ def valkey_server(
 
 @contextmanager
 def redis_server(
-    *args: str, tcp: bool = True, password: str | None = None, tls: Certificates | None = None
+    *args: str, tcp: bool = True, password: str | None = None, tls: Certificates | None = None, start: bool = True
 ) -> Iterator[Server]:
     """The system's redis-server, which has TLS. Skips the test where there is none."""
     binary = shutil.which("redis-server")
     if binary is None:
         pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
-    with _server(binary, *args, tcp=tcp, password=password, tls=tls) as server:
+    with _server(binary, *args, tcp=tcp, password=password, tls=tls, start=start) as server:
         yield server
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ from mcp_hub_cache.stores.redis import RedisStore
 from mcp_hub_cache.testing import StoreConformance, entry_frame
 from tests.backends import poll
 from tests.clusters import SERVICE, Watched, watched
-from tests.servers import free_port, valkey_server
+from tests.servers import certificates, free_port, redis_server, valkey_server
 
 pytestmark = pytest.mark.long  # hardly hangs on the interpreter
 
@@ -116,6 +117,29 @@ async def test_credentials_of_the_sentinels_and_of_the_servers() -> None:
         )
         assert error.kind == "auth"
         assert "REDIS_PASSWORD" in error.cure
+
+
+async def test_tls(tmp_path: Path) -> None:
+    """For sentinels and servers alike, and both are verified."""
+    pems = certificates(tmp_path, "localhost", "127.0.0.1")
+    with redis_server(tls=pems) as primary, redis_server(tls=pems, start=False) as sentinel:
+        config = sentinel.folder / "sentinel.conf"
+        config.write_text(f"tls-replication yes\nsentinel monitor {SERVICE} 127.0.0.1 {primary.tls_port} 1\n")
+        sentinel.config = (str(config), "--sentinel")
+        sentinel.start()
+        url = f"sentinels://localhost:{sentinel.tls_port}/{SERVICE}"
+        store = RedisStore(url, ca_certs=pems.ca, timeout=5.0)
+        one = write(store, b"k")
+        assert await store.write_many([one]) == ["done"]
+        assert await store.get_many([b"k"]) == [one.frame]
+        await store.aclose()
+        error = await refusal(RedisStore(url, timeout=5.0))
+        assert error.kind == "tls"
+        assert "REDIS_CA_CERTS" in error.cure
+        error = await refusal(RedisStore(f"sentinel://localhost:{sentinel.tls_port}/{SERVICE}", timeout=5.0))
+        assert error.kind == "tls"
+        error = await refusal(RedisStore(f"sentinels://localhost:{sentinel.port}/{SERVICE}", timeout=5.0))
+        assert error.kind == "tls"
 
 
 async def test_a_replica_that_is_named_is_never_used(fleet: Watched) -> None:

@@ -56,10 +56,7 @@ async def open_connection(address: Address, timeout: float, *, primary: bool = F
         await connection.disconnect(nowait=True)
         if not isinstance(error, Exception):
             raise
-        failed = store_error(error, address.where)
-        if failed is not error and isinstance(failed, StoreUnreachableError) and _was_there(error):
-            failed = await _explanation(address, min(timeout / 4, _LOOK)) or failed
-        raise failed from None
+        raise await _explained(error, address, timeout) from None
     if leftover:
         await connection.disconnect(nowait=True)
         raise not_redis(address.where)
@@ -92,10 +89,13 @@ async def ask(address: Address, timeout: float, *commands: tuple[str, ...]) -> l
     connection = _connection(address)
     try:
         async with asyncio.timeout(timeout):
-            await _connect(connection, address, timeout)
-            return await _ask(connection, commands)
-    except Exception as error:  # noqa: BLE001  # whatever the driver raises
-        raise store_error(error, address.where) from None
+            try:
+                await _connect(connection, address, timeout)
+                return await _ask(connection, commands)
+            except Exception as error:  # noqa: BLE001  # whatever the driver raises
+                raise await _explained(error, address, timeout) from None
+    except TimeoutError as late:
+        raise store_error(late, address.where) from None
     finally:
         await connection.disconnect(nowait=True)
 
@@ -163,6 +163,14 @@ async def _connect(connection: AbstractConnection, address: Address, timeout: fl
 def _retrieve(future: asyncio.Future[Any]) -> None:
     if not future.cancelled():
         future.exception()
+
+
+async def _explained(error: Exception, address: Address, timeout: float) -> StoreError:
+    """What *error* means; where it looks like an outage and may be a mistake, the server is asked."""
+    failed = store_error(error, address.where)
+    if failed is error or not isinstance(failed, StoreUnreachableError) or not _was_there(error):
+        return failed
+    return await _explanation(address, min(timeout / 4, _LOOK)) or failed
 
 
 def _was_there(error: BaseException | None) -> bool:
