@@ -21,7 +21,6 @@ from time import monotonic
 from typing import Any, Final
 
 from ._direct import Direct
-from ._exceptions import StoreError
 from ._frame import TOKEN, Head, peek
 from ._lines import Lines
 from ._protocols import Begun, Coherent, Store
@@ -89,17 +88,15 @@ class Rivals:
         self._coherent = store if isinstance(store, Coherent) else None
 
     async def over(self, key: bytes, token: bytes, deadline: float) -> bool:
-        """Return True when *token* no longer stands under *key*, or can't be asked for; False at *deadline*.
+        """Return True when *token* no longer stands under *key*; False at *deadline*, on the monotonic clock.
 
-        The deadline is on the monotonic clock.
+        Raises:
+            StoreError: The store can't be asked.
         """
         pause = _FIRST_LOOK
         while True:
             stamp = None if self._coherent is None else self._coherent.stamp(key)  # from before the look
-            try:
-                data: bytes | None = await self._lines.read(self._get, key, key)
-            except StoreError:
-                return True  # who begins now will be told
+            data: bytes | None = await self._lines.read(self._get, key, key)
             if data is None or data[TOKEN] != token:
                 return True
             left = deadline - monotonic()

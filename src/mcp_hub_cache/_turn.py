@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from ._budget import Budget, Unbounded
 from ._codec import FAILURE
 from ._engine import Engine
-from ._exceptions import LoadTimeoutError
+from ._exceptions import LoadTimeoutError, StoreError
 from ._frame import Frame, Kind, Mark
 from ._freshness import is_fresh
 from ._leases import OVER, beside, head_of
@@ -33,6 +33,10 @@ from ._reads import Reads
 from ._tags import ANY_DIGEST
 from ._tokens import new_token
 from ._trip import Landed, NothingToDoError, Plan, Trip
+
+
+class _LostError(Exception):
+    """There is nobody to wait for whose end could be heard of."""
 
 
 class _Rival(NamedTuple):
@@ -106,7 +110,10 @@ class Turn:
             taking = marks.take(self._root, (ANY_DIGEST, *trip.digests))
         found = await self._ask()
         if type(found) is _Rival and self._plan.rules.fleet and not self._plan.refresh:
-            found = await self._queue(found)
+            try:
+                found = await self._queue(found)
+            except _LostError:
+                return None
             if trip.digests:  # what was invalidated while another loaded need not be held against this load
                 taking = marks.take(self._root, (ANY_DIGEST, *trip.digests))
         if type(found) is Landed:
@@ -137,10 +144,20 @@ class Turn:
             self._session.placeholders.end(held, stored=left, over=over)
 
     async def _queue(self, rival: _Rival) -> Landed | None:
-        """Wait until it is this process's turn to load; what was found by then."""
+        """Wait until it is this process's turn to load; what was found by then.
+
+        Raises:
+            _LostError: The store can't be asked any more, which has cost its deadline.
+        """
         rules = self._plan.rules
         deadline = monotonic() + rules.wait_timeout
-        while await self._session.rivals.over(rival.key, rival.token, deadline):
+        while True:
+            try:
+                if not await self._session.rivals.over(rival.key, rival.token, deadline):
+                    break
+            except StoreError as error:
+                self._engine.trouble(error)
+                raise _LostError from None
             found = await self._ask()
             if not isinstance(found, _Rival):
                 return found

@@ -32,11 +32,6 @@ TAGS = ("red", "green", "blue")
 KEYS = 24
 DEADLINE = 0.5
 SLACK = 0.5  # beyond it, on top of what the heartbeat has measured
-# What asks the store several times in turn has the deadline for each; DESIGN.md wants one for all.
-TRIPS = {
-    "set": 2, "set_many": 2, "invalidate": 2, "add": 3,
-    "get_or_load": 3, "get_or_load:fleet": 4, "acached": 3, "quiet": 3,
-}  # fmt: skip
 CUT_OFF = 1.5  # seconds after which a set that nobody waits for has landed
 _HISTORY = 40
 
@@ -80,7 +75,7 @@ class Op:
 
     @property
     def allowed(self) -> float:
-        return self.pages * TRIPS.get(self.kind, 1) * DEADLINE + self.waits + SLACK
+        return self.pages * DEADLINE + self.waits + SLACK
 
 
 class Load:
