@@ -62,7 +62,7 @@ class Budget:
         """
         scope = asyncio.timeout(None)
         begun = self._loop.time()
-        due = begun + self._left
+        due = begun + max(self._left, 0.0)  # what it asks for at once, it asks for in any case
         self._timer = self._loop.call_at(due, self._watch, scope, due, True)
         try:
             async with scope:
