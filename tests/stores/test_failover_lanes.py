@@ -35,9 +35,10 @@ class Parted(Primary):
         super().__init__(*args)
         self.dead: set[Hashable] = set()
         self.pinged: list[Hashable] = []
+        self.moved: dict[bytes, Hashable] = {}
 
     def lane(self, key: bytes, /) -> Hashable:
-        return key[-1:]
+        return self.moved.get(key, key[-1:])
 
     def _look(self, keys: Sequence[bytes]) -> None:
         if self.dead & {self.lane(key) for key in keys}:
@@ -102,6 +103,27 @@ async def test_a_dead_node_takes_its_own_keys_with_it_and_no_others(world: Make)
     assert (await w.get(B), await w.in_files(B), await w.on_server(B)) == (b"b2", None, b"b2")
     info = await w.store.info()
     assert (info["breaker"], info["parts_away"]) == ("open", 1)
+
+
+async def test_a_key_that_comes_to_be_of_a_part_still_away_is_not_what_stood_in_for_it_before(world: Make) -> None:
+    """Keys change parts: with a value's size, or when a slot moves."""
+    w = world()
+    await w.set(A, b"old")
+    await _lose(w, A)
+    await _lose(w, B)
+    await w.set(A, b"of the outage")
+    w.clock.advance(1)
+    w.primary.dead = {B[-1:]}
+    w.store._keeper.wake()
+    async with asyncio.timeout(5):
+        while A[-1:] in w.store._health.away:
+            await asyncio.sleep(0)
+    assert await w.set(A, b"later") == "done"
+    assert (await w.get(A), await w.on_server(A)) == (b"later", b"later")
+    w.primary.moved[A] = B[-1:]
+    assert await w.get(A) is None
+    await _back(w)
+    assert await w.get(A) == b"later"
 
 
 async def test_many_keys_of_several_nodes_are_asked_of_whoever_serves_each(world: Make) -> None:

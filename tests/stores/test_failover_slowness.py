@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest_asyncio
 
+from mcp_hub_cache._protocols import Write
 from mcp_hub_cache.stores._failover_stopwatch import Stopwatch
 from tests.stores.failing import A, Make, World, worlds
 
@@ -35,6 +36,20 @@ async def test_slow_round_trips_in_a_row_open_the_breaker(world: Make) -> None:
     assert state.problem is not None
     assert "takes" in state.problem
     assert "CACHE_SLOW_AFTER" in state.problem
+
+
+async def test_nothing_is_believed_that_an_earlier_outage_left(world: Make) -> None:
+    w = world(failures=1, slow_after=0.01)
+    await w.go_down()
+    await w.come_back()
+    await w.set(A, b"there")
+    w.files.write(Write(A, w.frame(A, b"left behind"), 600.0, None))  # as where it could not be dropped
+    w.clock.advance(1)
+    assert await _slowly(w, 0.05) == b"there"
+    assert w.store.state().state == "degraded"
+    assert await w.get(A) is None
+    await w.set(A, b"new")
+    assert await w.get(A) == b"new"
 
 
 async def test_a_quick_one_in_between_begins_the_count_anew(world: Make) -> None:

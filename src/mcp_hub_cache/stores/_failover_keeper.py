@@ -142,11 +142,12 @@ class Keeper:
         part = self.health.part(lane)
         if part.breaker.state != "closed":
             return
+        served = part.problem is None
         if error.outage and not late:
             self._begin_epoch()
-            if self._standby is not None and part.problem is None:
-                self._standby.begin_outage()
         if self.health.failed(name, error, lane, late=late):
+            if self._standby is not None and served:
+                self._standby.begin_outage()
             self._begin_epoch()
             if (session := self._sessions.peek()) is not None:
                 session.wake.set()  # its probe may be due before what is waited for
@@ -333,13 +334,17 @@ class Keeper:
             raise
         else:
             self.health.is_back(part, max(notes - len(self._journal), 0))
+            if self._standby is not None and self.health.away:
+                # A key may come to be of another part: with its size, or a slot that moves. What stands in for those
+                # that are still away must not be what stood in for this one.
+                self._standby.begin_outage()
             self._backoff.reset()
             self._begin_epoch()
 
     def _probe_failed(self, part: Part, error: StoreError) -> None:
         suspected = part.is_suspected
         if self.health.still_away(part, error):
-            if self._standby is not None and not suspected:
+            if self._standby is not None and (part.problem is None or not suspected):
                 self._standby.begin_outage()
             self._begin_epoch()
 

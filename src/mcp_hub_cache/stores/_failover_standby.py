@@ -6,6 +6,7 @@ Rules:
   its ``created``, on this store's clock, against the moment of the first failure. So nothing has to be cleared before
   it may serve.
 - So does what stood under a key that could not be changed there, or nobody knows whether it was.
+- An outage begins anew with each part of the primary that goes away, and with each that is back before the others.
 - Nothing lives in it for longer than its ttl: what other processes delete is not known here.
 - A frame may have been made by another clock, the primary's. One that looks older than the outage, or newer than now,
   is taken for made now.
