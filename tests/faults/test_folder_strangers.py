@@ -14,6 +14,8 @@ import pytest
 
 from mcp_hub_cache import FileCache
 from mcp_hub_cache.stores._file_places import Places
+from mcp_hub_cache.stores.file import FileStore
+from tests.backends import poll
 from tests.faults.children import clean, needs_root, run
 
 
@@ -151,6 +153,44 @@ async def test_an_entrys_place_taken(tmp_path: Path, kind: str) -> None:
             await works(cache)
         assert await cache.get("other") == "somebody's"
     assert outside.read_bytes() == b"precious" * 100
+
+
+@pytest.mark.parametrize("kind", ["file", "link to a folder", "link to nothing"])
+async def test_a_shelfs_place_taken(tmp_path: Path, kind: str) -> None:
+    """Its entries can't be had; all others can be listed, swept, evicted and cleared."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / ("0" * 32)).write_bytes(b"precious")
+    async with FileCache(tmp_path / "cache", l1_max_entries=0, timeout=30, max_bytes=200 * 4096) as cache:
+        await cache.set("k", "old")
+        shelf = file_of(tmp_path / "cache", "k").parent
+        shelf.rename(tmp_path / "aside")
+        if kind == "file":
+            shelf.write_text("mine")
+        else:
+            shelf.symlink_to(outside if kind == "link to a folder" else tmp_path / "nowhere")
+        await fails_soft(cache, "misconfigured")
+        status = await cache.status()
+        others = [f"k{number}" for number in range(60) if file_of(tmp_path / "cache", f"k{number}").parent != shelf]
+        await cache.set_many(dict.fromkeys(others, 1), ttl=60)
+        assert {*others} == {key async for key in cache.keys()}  # noqa: SIM118  # it is no dict
+        status = await cache.status()
+        assert status.total_keys == len(others)
+        store = cache.store
+        assert isinstance(store, FileStore)
+        await cache.set(others[0], 1, ttl=0.001)
+        await poll(lambda: _swept(store))
+        for number in range(600):
+            await cache.set(f"more{number}", 1)
+        await poll(lambda: len(list((tmp_path / "cache").rglob("?" * 32))) <= 200)
+        assert await cache.clear() > 0
+        assert not [key async for key in cache.keys()]  # noqa: SIM118
+        assert os.path.lexists(shelf)
+    assert [path.read_bytes() for path in outside.iterdir()] == [b"precious"]
+
+
+async def _swept(store: FileStore) -> bool:
+    return await store.sweep() == 1
 
 
 COUNTERS = """

@@ -105,11 +105,11 @@ class Folder(Places):
         return sorted(space for space in there if space == OTHER or (not foreign and space.startswith(part)))
 
     def shelves(self, prefix: bytes = b"") -> list[tuple[str, int]]:
-        """The shelves there are of those namespaces, as (namespace, number)."""
+        """The shelves there are of those namespaces, as (namespace, number); nothing else that stands there."""
         found: list[tuple[str, int]] = []
         for space in self.spaces(prefix):
-            with suppress(FileNotFoundError):
-                names = os.listdir(f"{self.root}/{space}")
+            with suppress(FileNotFoundError), os.scandir(f"{self.root}/{space}") as entries:
+                names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
                 found += [(space, _SHELF_NAMES[name]) for name in sorted(names) if name in _SHELF_NAMES]
         return found
 

@@ -57,7 +57,9 @@ def charge_of(size: int) -> int:
 def store_error(error: OSError, path: str) -> StoreError:
     """What *error*, met under *path*, means and what to do about it."""
     number = error.errno or 0
-    what = f"{path}: {os.strerror(number)} ({errno.errorcode.get(number, number)})."
+    named = error.filename
+    there = named if isinstance(named, str) and named.startswith(path) else path
+    what = f"{there}: {os.strerror(number)} ({errno.errorcode.get(number, number)})."
     match number:
         case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
             return StoreFullError(what, cure="Free room or inodes on that disk, or lower CACHE_MAX_BYTES.")
