@@ -398,6 +398,30 @@ async def test_failing_refreshes_without_a_throttle_fail_side_by_side(fleet: Fle
     assert await asyncio.gather(*tasks) == [[0]] * 4
 
 
+@pytest.mark.parametrize("change", ["delete", "set", "invalidate"])
+async def test_what_is_stale_stands_in_for_nobody_who_comes_after_a_change(fleet: Fleet, change: str) -> None:
+    """One process refreshes, another waits for it with something stale at hand, a third makes the change."""
+    (one, other, third), source = fleet.several(3), Source()
+    how = STALE.replace(ttl="1h", tags=("t",), soft_timeout=0.01)
+    await make_stale(one, policy=STALE.replace(tags=("t",)))
+    refreshes = start(one.get_or_load("k", source, policy=how))
+    await source.called()
+    mine = Source(going=True)
+    assert await other.get_or_load("k", mine, policy=how) == [0]
+    assert mine.calls == 0
+    if change == "delete":
+        await third.delete("k")
+    elif change == "set":
+        await third.set("k", ["set"], ttl="1h")
+    else:
+        assert await third.invalidate("t")
+    answers = asyncio.gather(*(other.get_or_load("k", mine, policy=how) for _ in range(3)))
+    await asyncio.wait([answers], timeout=0.1)  # ten times as long as who has something stale at hand waits for better
+    source.go.set()
+    assert [0] not in await answers
+    await refreshes
+
+
 async def test_what_was_stale_and_is_deleted_before_the_lease_is_still_one_load(fleet: Fleet) -> None:
     """One has found it stale; before it asks for the lease, it is deleted, and another begins."""
     (one, other), source = fleet.several(2), Source()

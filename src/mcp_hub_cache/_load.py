@@ -222,7 +222,8 @@ class Loads:
         """
         session = self._engine.session()
         late = flight.begun
-        if late and not flight.cargo.surely_stands():
+        # Of a load that has not begun, only what may stand in for it is anybody's business.
+        if (late or self._spare_of(flight, plan) is not None) and not flight.cargo.surely_stands():
             stands = await self._still_stands(session, flight)
             # Who asks is no waiter yet: the last of them may have left meanwhile, and the load have been cancelled.
             if not stands or flight.detached:
@@ -317,7 +318,7 @@ class Loads:
             data = await asyncio.shield(future)
         except StoreError:
             return True  # then it is as good as any
-        if data is None or trip.begun is None or data[TOKEN] != trip.begun.fence.token:
+        if data is None or data[TOKEN] != trip.must_stand:
             return False
         trip.part = part
         return True

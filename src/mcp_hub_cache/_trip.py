@@ -56,7 +56,7 @@ class Trip:
         tags: The entry's, as far as they are known before the load.
         digests: Of these.
         begun: What was found at the beginning; None: not begun yet, or not to be had.
-        part: The counter of the key, from before ``begun`` was last known to stand.
+        part: The counter of the key, from before what must stand was last known to.
         marks: Of the tags, since they were taken.
         look: Set while somebody looks whether ``begun`` still stands.
     """
@@ -86,9 +86,16 @@ class Trip:
         self.marks: tuple[Mark, ...] = ()
         self.look: Any = None
 
+    @property
+    def must_stand(self) -> bytes | None:
+        """The token that must stand for who comes now: of the beginning; before that, of what may stand in."""
+        if self.begun is not None:
+            return self.begun.fence.token
+        return None if self.spare is None else self.seen
+
     def is_unmoved(self) -> bool:
         """Whether nothing has happened to the key since it was last known to stand, as far as that is told."""
-        return self.begun is None or (self.part is not None and self.part.holds())
+        return self.must_stand is None or (self.part is not None and self.part.holds())
 
     def surely_stands(self) -> bool:
         """Whether nobody need be asked for who comes now to join the load."""

@@ -193,7 +193,10 @@ class Turn:
                 if rival is not None and plan.rules.fleet:
                     return rival
             begun = await self._plant()
-            if begun is None or self._key in self.held:
+            if begun is None:
+                return None
+            if self._key in self.held:
+                self._trip.spare = None  # it is not there any more
                 return None
             if begun.frame is not None and (found := await self._look(begun.frame)) is not None:
                 return found
