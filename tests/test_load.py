@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mcp_hub_cache import MISSING, Cache, CircularLoadError, FileCache, MemoryCache
+from mcp_hub_cache import MISSING, Cache, CircularLoadError, FileCache, MemoryCache, current_entry
 from mcp_hub_cache._frame import Kind, unpack_head
 from mcp_hub_cache._placeholders import HOLD
 from mcp_hub_cache.stores.memory import MemoryStore
@@ -656,6 +656,38 @@ async def test_waiters_share_nothing_when_cache_if_says_no(memory: Cache) -> Non
     loader.go.set()
     results = await asyncio.gather(*tasks)
     assert len({id(result) for result in results}) == 3
+
+
+@pytest.mark.parametrize("how", ["skip", "cache_if"])
+async def test_who_joins_while_it_is_decided_what_to_do_with_the_result_shares_nothing_either(
+    cache: Cache, how: str
+) -> None:
+    """A tag that the loader adds has its mark asked for; whoever comes meanwhile has to look."""
+    loop = asyncio.get_running_loop()
+    options: dict[str, Any] = {"cache_if": lambda _: False} if how == "cache_if" else {}
+    for number in range(60):
+        key, steps, others = f"k{number}", number % 6, []
+
+        async def load(key: str = key, steps: int = steps, others: list[Any] = others) -> list[str]:
+            await asyncio.sleep(0.003)
+            current_entry().tags.add(key)
+            if how == "skip":
+                current_entry().skip()
+
+            def join(left: int) -> None:
+                if left:
+                    loop.call_soon(join, left - 1)
+                else:
+                    others.append(asyncio.create_task(cache.get_or_load(key, load, **options)))
+
+            if not others:
+                loop.call_soon(join, steps)
+            return ["mine"]
+
+        one = await cache.get_or_load(key, load, **options)
+        await poll(lambda others=others: bool(others))  # type: ignore[misc]  # bound now
+        assert await others[0] is not one
+        await asyncio.gather(*others)
 
 
 # Loads that wait for each other

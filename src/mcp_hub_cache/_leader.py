@@ -205,15 +205,15 @@ class Leader:
     async def _land(self, flight: Flight, trip: Trip, value: Any, cost: float) -> Landed:
         plan = self._plan
         life = self._life(value)
-        codec, payload = 0, None
-        if life is not None or len(flight.waiters) > 1:  # or else only to copy it for the others
-            codec, payload = self._try_encode(value, wanted=life is not None)
+        codec, payload = (0, None) if life is None else self._try_encode(value, wanted=True)
         outcome = await self._try(self._store(flight, trip, value, codec, payload, life, cost))
         if not self._stored:
             self._passes = plan.rules.fleet
             if plan.refresh and outcome != "refused" and not flight.detached:  # what there is is older than that
                 cause = outcome if isinstance(outcome, StoreError) else None
                 await self._try(self._writes.withdraw(self._session, self._key, cause))
+        if life is None and len(flight.waiters) > 1:  # only to copy it for the others, who may have come just now
+            codec, payload = self._try_encode(value, wanted=False)
         return Landed(value, codec, payload, plan.classes, cost)
 
     async def _try(self, work: Coroutine[Any, Any, Outcome | None]) -> Outcome | None:

@@ -225,8 +225,9 @@ class Loads:
         # Of a load that has not begun, only what may stand in for it is anybody's business.
         if (late or self._spare_of(flight, plan) is not None) and not flight.cargo.surely_stands():
             stands = await self._still_stands(session, flight)
-            # Who asks is no waiter yet: the last of them may have left meanwhile, and the load have been cancelled.
-            if not stands or flight.detached:
+            # Who asks is no waiter yet. The last of them may have left meanwhile, and the load have been cancelled; or
+            # it has landed, and what it yields is its waiters' own.
+            if not stands or flight.detached or flight.landed:
                 return AGAIN
         spare = spare or self._spare_of(flight, plan)
         if spare is None:

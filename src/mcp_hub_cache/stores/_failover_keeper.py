@@ -329,7 +329,8 @@ class Keeper:
             _log.exception("unexpected error while probing the %s store", self._primary.name)
             self._probe_failed(part, StoreUnreachableError(f"unexpected {type(error).__name__} in the store."))
         except BaseException:
-            if not part.is_suspected:
+            # It may be collected with a loop that was closed under it, long after another has found the part again.
+            if part.breaker.state == "half-open":
                 part.breaker.probe_failed()
             raise
         else:
