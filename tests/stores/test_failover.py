@@ -282,6 +282,21 @@ async def test_a_probe_that_raises_nonsense_is_a_probe_that_failed(
     assert "unexpected error while probing" in caplog.text
 
 
+async def test_a_probe_that_is_collected_long_after_it_was_abandoned_opens_nothing(world: Make) -> None:
+    """As one is whose loop was closed under it."""
+    w = world()
+    await w.go_down()
+    w.primary.hang.clear()
+    part = w.store._health.part(None)
+    probe = w.store._keeper._probe(w.store._keeper._sessions.get(), part)
+    probe.send(None)
+    assert part.breaker.state == "half-open"
+    w.primary.hang.set()
+    await w.come_back()
+    probe.close()
+    assert part.breaker.state == "closed"
+
+
 def test_a_second_loop_goes_on_where_the_first_one_ended() -> None:
     made: list[World] = []
 
