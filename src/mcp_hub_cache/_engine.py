@@ -56,6 +56,7 @@ class Session:
     __slots__ = (
         "behind",
         "flights",
+        "is_closing",
         "is_direct",
         "l1",
         "lines",
@@ -87,6 +88,7 @@ class Session:
         self.marks = marks
         self.rivals = rivals
         self.rests = rests
+        self.is_closing = False
         self.behind = 0  # refreshes in the background
         self.tasks: set[asyncio.Task[Any]] = set()
         self.use: Use | None = None
@@ -175,6 +177,12 @@ class Engine:
         return session
 
     async def _close(self, session: Session) -> None:
+        if session.use is not None:
+            session.use.end()
+        if not session.is_closing:  # cut off, it is begun anew (``PerLoop``): what goes on for others is to end well
+            session.is_closing = True
+            await session.flights.aclose()
+            await self._wait_for_tasks(session)
         # In this order read from below, and each step whatever became of the one before: a close that is cancelled half
         # way, as by the end of the program, would leave connections open.
         async with AsyncExitStack() as steps:
@@ -183,18 +191,17 @@ class Engine:
             steps.push_async_callback(session.lines.aclose)
             steps.push_async_callback(session.placeholders.aclose)  # after all who may plant one
             steps.push_async_callback(self._end_tasks, session)
+            steps.push_async_callback(self._wait_for_tasks, session)
             steps.push_async_callback(session.flights.aclose)
-            if session.use is not None:
-                session.use.end()
+
+    async def _wait_for_tasks(self, session: Session) -> None:
+        if session.tasks:
+            await asyncio.wait(session.tasks, timeout=self.timeout)
 
     async def _end_tasks(self, session: Session) -> None:
-        try:
-            if session.tasks:
-                await asyncio.wait(session.tasks, timeout=self.timeout)
-        finally:
-            for task in session.tasks:
-                task.cancel()
-            await asyncio.gather(*session.tasks, return_exceptions=True)
+        for task in session.tasks:
+            task.cancel()
+        await asyncio.gather(*session.tasks, return_exceptions=True)
 
     def budget(self, session: Session, spent: float = 0.0) -> Budget | Unbounded:
         """Return the budget of one operation, of which so many seconds are spent already."""

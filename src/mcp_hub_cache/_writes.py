@@ -319,7 +319,10 @@ class Writes:
         wanted = frozenset(digests)
         session.flights.detach_all(root, only=lambda flight: flight.cargo.is_of(wanted))
         told = _shielded(session.run(self._invalidate(session, root, digests)))
-        errors, late = await self._in_time(session, told, [])
+        try:
+            errors, late = await self._in_time(session, told, [])
+        except _EndedError:
+            return False
         self._engine.trouble(*errors)
         return late is None and not errors
 
@@ -356,5 +359,17 @@ class Writes:
         return removed
 
 
+class _EndedError(Exception):
+    """The cache was closed before a task of its own had ended."""
+
+
 async def _shielded(task: asyncio.Task[T]) -> T:
-    return await asyncio.shield(task)
+    """Return what *task* does, which goes on where its caller leaves.
+
+    Raises:
+        _EndedError: It was ended by whoever closed the cache; a caller that nobody cancelled is not cancelled for that.
+    """
+    await asyncio.wait([task])
+    if task.cancelled():
+        raise _EndedError
+    return task.result()
