@@ -772,6 +772,42 @@ async def test_a_cable_that_is_pulled_holds_nobody_longer_than_the_wait(valkey: 
         assert await one.get("k") == [1]
 
 
+async def test_what_was_planted_while_its_answer_was_lost_holds_nobody_up(valkey: Server) -> None:
+    """It has no holder, and nobody knows of it: it goes with the first thing that the server is told again."""
+    valkey.command("FLUSHALL")
+    source = Source(going=True)
+    async with (
+        FaultProxy(valkey.url) as proxy,
+        RedisCache(proxy.url, failover={"probe_max": 0.5}) as one,
+        RedisCache(valkey.url) as other,
+    ):
+        await one.get("other")
+        with proxy.black_hole(b"EVAL", to="client"):
+            assert await one.get_or_load("k", source, **FLEET) == [1]
+        assert valkey.command("KEYS", "*:e:k") != []
+        await poll(lambda: one.store.state().state == "healthy" and valkey.command("KEYS", "*:e:k") == [], 7)
+        begun = time.monotonic()
+        tasks = [start(cache.get_or_load("k", source, **FLEET)) for cache in (one, other)]
+        assert await asyncio.gather(*tasks) == [[2], [2]]
+        assert time.monotonic() - begun < BUSY
+
+
+async def test_a_server_that_is_full_by_the_end_of_a_load_lets_the_others_load() -> None:
+    source = Source()
+    with valkey_server() as server:
+        async with RedisCache(server.url) as one, RedisCache(server.url) as other:
+            holder = start(one.get_or_load("k", source, **FLEET))
+            await source.called()
+            waiter = start(other.get_or_load("k", source, **FLEET))
+            await poll(lambda: len(other._engine.session().flights) == 1 and other.stats.misses == 1)
+            server.command("CONFIG", "SET", "maxmemory", "1")
+            begun = time.monotonic()
+            source.go.set()
+            assert await holder == [1]
+            assert await waiter == [2]
+            assert time.monotonic() - begun < BUSY
+
+
 async def test_a_server_that_hangs_holds_nobody_longer_than_the_store_may_take() -> None:
     source = Source()
     with valkey_server() as server:

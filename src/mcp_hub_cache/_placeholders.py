@@ -22,7 +22,7 @@ from ._direct import Direct
 from ._exceptions import StoreError
 from ._frame import Kind, frame_of_kind
 from ._lines import Lines
-from ._protocols import Begun, Fence, Held, Leases, Store, Write
+from ._protocols import Begun, Fence, Held, Leases, Outcome, Store, Write
 
 HOLD: Final = 10.0
 """Seconds that a placeholder outlives its holder."""
@@ -148,9 +148,16 @@ class Placeholders:
         del self._held[key]
         if over is not None and not stored:
             frame = frame_of_kind(Kind.OVER, key, over.token, self._store.now(), over.seconds, fresh=over.rests)
-            self._lines.write(self._write, key, Write(key, frame, over.seconds, held.fence)).add_done_callback(heed)
+            written = self._lines.write(self._write, key, Write(key, frame, over.seconds, held.fence))
+            written.add_done_callback(partial(self._left, held))
         elif not stored and self._leases is not None:
             self._lines.write(self._release, key, held).add_done_callback(heed)
+
+    def _left(self, held: Held, written: asyncio.Future[Outcome]) -> None:
+        """Remove at least what was to be replaced: a server that is full or so takes nothing, but gives it back."""
+        outcome = None if written.cancelled() else written.exception() or written.result()
+        if isinstance(outcome, StoreError) and not outcome.outage and self._leases is not None:
+            self._lines.write(self._release, held.key, held).add_done_callback(heed)
 
     async def _release_many(self, held: Sequence[Held]) -> list[None]:
         assert self._leases is not None

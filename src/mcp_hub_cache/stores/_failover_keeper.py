@@ -179,9 +179,15 @@ class Keeper:
         if self._pages is not None and self._pages.is_behind:
             await self._pages.save()
 
+    def changed(self, keys: Iterable[bytes]) -> None:
+        """The primary has taken a change of *keys*. Some of them may be of another part by that, which is away."""
+        if self._standby is not None and self.health.away:
+            self._standby.distrust(keys)
+
     def deleted(self, keys: Iterable[bytes]) -> None:
         """The primary has confirmed that it has deleted *keys*."""
         self._recent.add(keys)
+        self.changed(keys)
 
     def cleared(self, prefix: bytes) -> None:
         """The primary has confirmed that it has cleared *prefix*."""

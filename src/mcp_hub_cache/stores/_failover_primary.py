@@ -5,9 +5,10 @@ Rules:
 - What the journal covers reads as a miss, whether it was noted before the call or while it was under way. It is deleted
   here before anything of it is begun or written, so that no replay ever comes after a newer write.
 - A set, delete or clear that failed is noted, and so is one that was cut off: nobody knows whether it was done.
-- Loads stand apart. Their fenced writes say nothing about what stood there before, so they are noted only when in
-  doubt; otherwise a full server would have its prefix cleared by those who can't store. One whose key the journal
-  covers is refused by what is deleted first.
+- So is a beginning in doubt: what it may have planted would be waited for until it expires.
+- Loads stand apart otherwise. Their fenced writes say nothing about what stood there before, so they are noted only
+  when in doubt; otherwise a full server would have its prefix cleared by those who can't store. One whose key the
+  journal covers is refused by what is deleted first.
 """
 
 from __future__ import annotations
@@ -130,7 +131,12 @@ class Primary:
             await self._settle(keys)
             return await self.store.begin_many(keys, hold=hold)
 
-        return await self._told("begin", begin(), self._lane(keys))
+        try:
+            return await self._told("begin", begin(), self._lane(keys))
+        except BaseException as error:
+            if not isinstance(error, StoreError) or _in_doubt(error):
+                self._keeper.note(keys)
+            raise
 
     async def _settle(self, keys: Sequence[bytes]) -> None:
         if covered := self._covered(keys):
@@ -149,7 +155,7 @@ class Primary:
         if not sent:
             return outcomes
         batch = list(sent.values())
-        stopwatch = self._keeper.stopwatch
+        stopwatch, lane = self._keeper.stopwatch, self.store.lane(batch[0].key)
         started = stopwatch.start()
         try:
             await self._settle([item.key for item in batch])
@@ -161,7 +167,7 @@ class Primary:
             raise
         finally:
             took = stopwatch.stop(started)
-        for at, answer in zip(sent, self.changed(name, batch, answers, took), strict=True):
+        for at, answer in zip(sent, self.changed(name, batch, answers, took, lane), strict=True):
             outcomes[at] = answer
         return outcomes
 
@@ -170,7 +176,12 @@ class Primary:
         self._keeper.note(item.key for item in items if _is_change(item))
 
     def changed(
-        self, name: str, items: Sequence[W], answers: Sequence[Outcome] | StoreError, seconds: float
+        self,
+        name: str,
+        items: Sequence[W],
+        answers: Sequence[Outcome] | StoreError,
+        seconds: float,
+        lane: Hashable,
     ) -> list[Outcome]:
         """Report the *answers* to items that were sent, or the error that ended the call, and return the outcomes.
 
@@ -179,6 +190,7 @@ class Primary:
             items: What it was done with.
             answers: What came of it.
             seconds: How long it took.
+            lane: Whose they were when they were sent: a write may change that.
 
         Raises:
             StoreError: As for ``change``.
@@ -189,7 +201,8 @@ class Primary:
             for item, outcome in zip(items, outcomes, strict=True)
             if isinstance(outcome, StoreError) and (item.fence is None or item.fence.store == self.store.id)
         ]
-        lane = self.store.lane(items[0].key)
+        if self._keeper.health.away:
+            self._keeper.changed(item.key for item, outcome in zip(items, outcomes, strict=True) if outcome == "done")
         if not failed:
             self.heard(name, lane, seconds, [item[1] for item in items if isinstance(item, Write)])
             return outcomes

@@ -58,7 +58,8 @@ class Standby:
     def _mine(self, keys: Sequence[bytes], frames: Sequence[bytes | None]) -> list[bytes | None]:
         return [None if self._is_leftover(key, frame) else frame for key, frame in zip(keys, frames, strict=True)]
 
-    def _distrust(self, keys: Iterable[bytes]) -> None:
+    def distrust(self, keys: Iterable[bytes]) -> None:
+        """Believe nothing that stands under *keys* now."""
         now = self.store.now()
         self._failed |= dict.fromkeys(keys, now)
         if len(self._failed) > _MOST_FAILED:
@@ -77,7 +78,7 @@ class Standby:
         try:
             return self._mine(keys, await self.store.delete_many(keys))
         except BaseException:
-            self._distrust(keys)
+            self.distrust(keys)
             raise
 
     async def clear(self, prefix: bytes) -> int:
@@ -110,9 +111,9 @@ class Standby:
         try:
             outcomes = await self.store.write_many(cut)
         except BaseException:
-            self._distrust(write.key for write in writes if write.is_change)
+            self.distrust(write.key for write in writes if write.is_change)
             raise
-        self._distrust(
+        self.distrust(
             write.key
             for write, outcome in zip(writes, outcomes, strict=True)
             if write.is_change and isinstance(outcome, StoreError)

@@ -247,11 +247,19 @@ class FailoverStore:
             if all([write.fence is None or write.fence.store == self._store.id for write in sent]):  # noqa: C419
                 stopwatch = self._keeper.stopwatch
                 asked = asyncio.ensure_future(self._store.write_many(sent))
-                return relay(asked, partial(self._wrote, sent, stopwatch, stopwatch.start()))
+                return relay(
+                    asked,
+                    partial(self._wrote, sent, self.lane(sent[0].key) if sent else None, stopwatch, stopwatch.start()),
+                )
         return self._routes.each(writes, _KEY, self._write)
 
     def _wrote(
-        self, writes: Sequence[Write], stopwatch: Stopwatch, started: float, asked: asyncio.Future[list[Outcome]]
+        self,
+        writes: Sequence[Write],
+        lane: Hashable,
+        stopwatch: Stopwatch,
+        started: float,
+        asked: asyncio.Future[list[Outcome]],
     ) -> list[Outcome] | Coroutine[Any, Any, list[Outcome]]:
         seconds = stopwatch.stop(started)
         try:
@@ -263,10 +271,10 @@ class FailoverStore:
             raise
         if not writes:
             return []
-        outcomes = self._primary.changed("write", writes, answers, seconds)
+        outcomes = self._primary.changed("write", writes, answers, seconds, lane)
         if not isinstance(answers, StoreError) and answers.count("done") == len(writes):
             return answers
-        return self._elsewhere(writes, outcomes, self.lane(writes[0].key))
+        return self._elsewhere(writes, outcomes, lane)
 
     async def _write(self, writes: Sequence[Write], lane: Hashable) -> list[Outcome]:
         if not self._keeper.is_ready:
