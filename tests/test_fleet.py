@@ -788,7 +788,7 @@ async def test_what_was_planted_while_its_answer_was_lost_holds_nobody_up(valkey
         await poll(lambda: one.store.state().state == "healthy" and valkey.command("KEYS", "*:e:k") == [], 7)
         begun = time.monotonic()
         tasks = [start(cache.get_or_load("k", source, **FLEET)) for cache in (one, other)]
-        assert await asyncio.gather(*tasks) == [[2], [2]]
+        assert await asyncio.gather(*tasks) in ([[2], [2]], [[2], [3]])  # it may be removed once more, with another's
         assert time.monotonic() - begun < BUSY
 
 
