@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from functools import partial
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -125,8 +125,12 @@ class Writes:
         if not tags:
             await self._write_marked(session, entries, ())
             return
-        written = self._write_tagged(session, entries, tags)
-        _, late = await self._in_time(session, written, None)
+        # In a task of its own: it is carried out where the caller leaves, as what takes one trip is.
+        written = _shielded(session.run(self._write_tagged(session, entries, tags)))
+        try:
+            _, late = await self._in_time(session, written, None)
+        except _EndedError:
+            return
         if late is not None:
             for key, *_ in entries:
                 await self.withdraw(session, key, late)
@@ -137,6 +141,9 @@ class Writes:
             marks = await self._marks(session, entries[0][0], tags)
         except StoreError as error:
             problem = error
+        except asyncio.CancelledError:  # the program ends
+            self._hand_on_deletes(session, [key for key, *_ in entries])
+            raise
         if marks is not None:
             await self._write_marked(session, entries, marks)
             return
@@ -330,15 +337,23 @@ class Writes:
         # Whoever adds a tag inside its loader takes the tag's mark and then looks whether "any" still stands: in this
         # order it can't have both the new mark of the one and the old mark of the other.
         errors: list[StoreError] = []
-        for chunk in ([ANY_DIGEST], digests):
-            keys = [mark_key(root, digest) for digest in chunk]
-            for key in keys:
-                session.marks.forget(key)
-            for start in range(0, len(keys), CHUNK):
-                asked = [(key, key) for key in keys[start : start + CHUNK]]
-                answers = await self._submit_all(session, self._delete, asked)
+        keys = [mark_key(root, digest) for digest in (ANY_DIGEST, *digests)]
+        try:
+            for start, end in ((0, 1), *((at, at + CHUNK) for at in range(1, len(keys), CHUNK))):
+                asked = keys[start:end]
+                for key in asked:
+                    session.marks.forget(key)
+                answers = await self._submit_all(session, self._delete, [(key, key) for key in asked])
                 errors += [answer for answer in answers if isinstance(answer, StoreError)]
+        except asyncio.CancelledError:  # the program ends
+            self._hand_on_deletes(session, keys)
+            raise
         return errors
+
+    def _hand_on_deletes(self, session: Session, keys: Iterable[bytes]) -> None:
+        """Delete *keys*, and wait for nothing: what is handed on is carried out before the session has ended."""
+        for key in keys:
+            session.lines.write(self._delete, key, key).add_done_callback(heed)
 
     async def delete_many(self, keys: Sequence[bytes]) -> int:
         """Remove; answer how many fresh entries went. Wins over loads in progress."""
@@ -369,7 +384,11 @@ async def _shielded(task: asyncio.Task[T]) -> T:
     Raises:
         _EndedError: It was ended by whoever closed the cache; a caller that nobody cancelled is not cancelled for that.
     """
-    await asyncio.wait([task])
+    try:
+        await asyncio.wait([task])
+    except asyncio.CancelledError:
+        task.add_done_callback(heed)
+        raise
     if task.cancelled():
         raise _EndedError
     return task.result()
