@@ -22,7 +22,7 @@ import pytest
 from mcp_hub_cache import MISSING, Cache, FileCache, RedisCache
 from mcp_hub_cache._changes import Slot
 from mcp_hub_cache._protocols import Coherent
-from mcp_hub_cache.stores._redis_clock import steady
+from mcp_hub_cache._steady import steady
 from mcp_hub_cache.stores._redis_feed import TRUST
 from mcp_hub_cache.stores.file import FileStore
 from mcp_hub_cache.stores.redis import RedisStore

@@ -53,6 +53,7 @@ LAYERS = [
         "_durations",
         "_exceptions",
         "_freshness",
+        "_steady",
         "_steps",
         "_tokens",
     },

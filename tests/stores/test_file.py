@@ -582,7 +582,7 @@ async def test_an_entry_larger_than_the_bound(tmp_path: Path) -> None:
         (full, done) = await store.write_many([write(store, "a", bytes(50_000)), write(store, "b")])
         assert isinstance(full, StoreFullError)
         assert done == "done"
-        assert None not in await store.get_many([key("a"), key("b")])
+        assert [frame is None for frame in await store.get_many([key("a"), key("b")])] == [True, False]
 
 
 async def test_two_instances_and_two_namespaces_keep_one_bound(tmp_path: Path) -> None:
@@ -741,21 +741,23 @@ async def test_a_locked_shelf_times_out_for_its_own_items_only(tmp_path: Path) -
         assert await store.write_many([write(store, stuck)]) == ["done"]
 
 
-async def test_no_room_on_the_disk_keeps_the_old_entry(tmp_path: Path) -> None:
+async def test_no_room_on_the_disk(tmp_path: Path) -> None:
+    """What a set was to replace goes, in the same job, for nobody may wait for it; what a load was to, stays."""
     async with opened(tmp_path) as store:
-        await store.write_many([write(store, "a", b"old"), write(store, "b")])
+        await store.write_many([write(store, "a", b"old"), write(store, "b"), write(store, "c", b"old")])
+        (begun,) = await store.begin_many([key("c")], hold=5.0)
         with limit(resource.RLIMIT_FSIZE, 300_000):  # as a full disk does: the file can be made, its bytes don't fit
-            full, done = await store.write_many([write(store, "a", bytes(400_000)), write(store, "b", b"new")])
+            writes = [write(store, "a", bytes(400_000)), write(store, "b", b"new"), write(store, "c", bytes(400_000))]
+            full, done, refused = await store.write_many([*writes[:2], writes[2]._replace(fence=begun.fence)])
         assert isinstance(full, StoreFullError)
+        assert isinstance(refused, StoreFullError)
         assert "old" not in str(full)
         assert done == "done"
         assert len(frames_in(tmp_path)) == 2
         assert not list(tmp_path.rglob("*.tmp"))
-        got = await store.get_many([key("a"), key("b")])
-        assert [bytes(unpack(f, k).payload) for f, k in zip(got, [key("a"), key("b")], strict=True) if f] == [
-            b"old",
-            b"new",
-        ]
+        keys = [key(name) for name in "abc"]
+        found = await store.get_many(keys)
+        assert [f and bytes(unpack(f, k).payload) for f, k in zip(found, keys, strict=True)] == [None, b"new", b"old"]
         assert store.stamp(key("a")) is not None
 
 

@@ -18,8 +18,8 @@ import pytest
 
 from mcp_hub_cache._frame import HEAD_SIZE
 from mcp_hub_cache._protocols import Coherent, Fence, Held, Patch, Write
+from mcp_hub_cache._steady import steady
 from mcp_hub_cache.stores import _redis_feed
-from mcp_hub_cache.stores._redis_clock import steady
 from mcp_hub_cache.stores._redis_feed import TRUST
 from mcp_hub_cache.stores.redis import RedisStore
 from mcp_hub_cache.testing import FaultProxy, entry_frame

@@ -16,8 +16,9 @@ import pytest
 
 from mcp_hub_cache import _exceptions as errors
 from mcp_hub_cache._lifetime import PerLoop
+from mcp_hub_cache._steady import steady
 from mcp_hub_cache.stores._redis_address import Address
-from mcp_hub_cache.stores._redis_clock import Clock, steady
+from mcp_hub_cache.stores._redis_clock import Clock
 from mcp_hub_cache.stores._redis_link import Doubt, pack
 from mcp_hub_cache.stores._redis_places import Fixed
 from mcp_hub_cache.stores._redis_wire import Wire, Wires

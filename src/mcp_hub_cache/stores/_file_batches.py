@@ -129,7 +129,13 @@ class Batches:
             write = writes[at]
             if write.fence is not None and not self._holds(shelf, place, write.fence):
                 return "refused"
-            self._put(shelf, place, write.frame)
+            try:
+                self._put(shelf, place, write.frame)
+            except (OSError, StoreError):
+                if write.is_change and shelf.head(place.name) is not None:
+                    with suppress(OSError):  # in this job, since nobody may wait for it: it must not pass for this one
+                        shelf.drop(place.name)
+                raise
             return "done"
 
         began = time.monotonic()

@@ -196,7 +196,7 @@ def open_table(path: str, clock: Callable[[], float]) -> Table | None:
 
     Args:
         path: The file.
-        clock: Of the entries' times; see ``Changes``.
+        clock: See ``Changes``.
 
     Raises:
         OSError: It is there and can't be opened.

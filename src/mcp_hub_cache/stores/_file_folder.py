@@ -37,6 +37,7 @@ from contextlib import contextmanager, suppress
 from typing import Final
 
 from .._exceptions import StoreMisconfiguredError, StorePermissionError, StoreTimeoutError
+from .._steady import Passing, steady
 from . import _file_counters
 from ._file_counters import SHELVES, Table
 from ._file_durable import Ground, make_folder
@@ -82,6 +83,8 @@ class Folder(Places):
         self.directory = directory
         self.root = os.path.join(directory, "mcp_hub_cache")
         self.clock = clock
+        # Near caches live by a clock that nobody sets back.
+        self._passing = steady if clock is time.time else Passing(clock)
         self.ground = Ground(self.root) if durable else None
         self._tables: dict[str, Table] = {}
         self._listed = 0
@@ -297,21 +300,21 @@ class Folder(Places):
             facts = os.lstat(path)
             if not (stat.S_ISREG(facts.st_mode) and stat.S_ISDIR(os.lstat(f"{self.root}/{space}").st_mode)):
                 raise StoreMisconfiguredError(f"{path} or its folder is a link.", cure="Remove it by hand.")
-            table = _file_counters.open_table(path, self.clock)
+            table = _file_counters.open_table(path, self._passing)
         except FileNotFoundError:
             table = None
         if table is None and make:
             with locked(f"{self.root}/{space}", time.monotonic() + LOCK_SECONDS) as mine:
                 if not mine:
                     raise StoreTimeoutError(f"{path} stays locked by another process.")
-                table = _file_counters.open_table(path, self.clock)
+                table = _file_counters.open_table(path, self._passing)
                 if table is None:
                     temp = f"{self.root}/{space}/.{_file_counters.NAME}.tmp"
                     with suppress(FileNotFoundError):
                         os.unlink(temp)
                     write_new(temp, _file_counters.blank())
                     os.replace(temp, path)
-                    table = _file_counters.open_table(path, self.clock)
+                    table = _file_counters.open_table(path, self._passing)
         self._forget(space)
         if table is not None:
             for oldest in list(self._tables)[: len(self._tables) - _MAX_TABLES + 1]:
@@ -358,7 +361,7 @@ class Folder(Places):
         for space in {*self._tables, *there}:
             if space in self._tables or len(self._tables) < _MAX_TABLES:
                 self.table(space)
-            elif (table := _file_counters.open_table(self._table_path(space), self.clock)) is not None:
+            elif (table := _file_counters.open_table(self._table_path(space), self._passing)) is not None:
                 self._closed[space] = table.usage()
         for space in {*self._closed} - {*there}:
             self._closed.pop(space, None)

@@ -285,7 +285,9 @@ class Shelf:
     def _create(self, temp: str) -> int:
         try:
             file = os.open(temp, _CREATE, 0o600, dir_fd=self._fd)
-        except FileExistsError:
+        except FileExistsError:  # a dead writer's; any other stays where it is
+            if not stat.S_ISREG(os.stat(temp, dir_fd=self._fd, follow_symlinks=False).st_mode):
+                raise
             os.unlink(temp, dir_fd=self._fd)
             file = os.open(temp, _CREATE, 0o600, dir_fd=self._fd)
         os.fchmod(file, 0o600)  # whatever the umask took

@@ -18,7 +18,7 @@ from heapq import heappop, heappush
 from itertools import groupby
 from typing import Final, NamedTuple, TypeVar
 
-from .._exceptions import StoreError, StoreTimeoutError
+from .._exceptions import StoreError
 from .._frame import HEAD_SIZE, FrameError, Kind, is_live, key_of, unpack_head
 from ._file_folder import Folder
 from ._file_places import Place
@@ -63,7 +63,7 @@ def sweep(folder: Folder, shelves: Shelves) -> tuple[int, Shelves]:
         try:
             with folder.lock(space, shelf, time.monotonic() + _PATIENCE, make=False) as held:
                 return held.tidy()
-        except (FileNotFoundError, StoreTimeoutError):  # a busy shelf has its turn in the next round
+        except (OSError, StoreError):  # busy: it has its turn in the next round; or in trouble, which is its own alone
             return 0
 
     counts, left = slice_of(shelves, one)
@@ -165,7 +165,7 @@ def _make_room(folder: Folder, limit: int, target: int) -> Steps:
     for space, shelf in shelves:
         try:
             files = look(folder.path(space, shelf))
-        except FileNotFoundError:
+        except OSError:
             continue
         yield
         for seen in files:
@@ -198,7 +198,7 @@ def _drop(folder: Folder, candidates: list[_Candidate]) -> Steps:
             with folder.lock(space, shelf, time.monotonic() + _PATIENCE, make=False) as held:
                 for one in group:
                     dropped += held.drop_unused(one.name, one.used) and one.live
-        except (FileNotFoundError, StoreTimeoutError):  # gone, or in use and thus not the oldest
+        except (OSError, StoreError):  # gone, or in use and thus not the oldest, or in trouble
             pass
         yield
     return dropped
@@ -220,7 +220,7 @@ def count(folder: Folder, facts: dict[str, int], shelves: Shelves) -> Shelves:
 
     def one(space: str, shelf: int) -> None:
         path = folder.path(space, shelf)
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             for seen in look(path):
                 facts["total_files"] += 1
                 facts["total_bytes"] += seen.size

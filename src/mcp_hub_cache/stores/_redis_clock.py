@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from functools import partial
-from typing import Final
 
-steady: Final[Callable[[], float]] = (
-    partial(time.clock_gettime, time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
-)
-"""Seconds on a clock that nobody sets, and that goes on while the machine sleeps, where there is one."""
+from .._steady import steady
 
 
 class Clock:

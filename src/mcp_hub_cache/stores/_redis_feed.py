@@ -36,8 +36,9 @@ from weakref import WeakSet
 
 from .._changes import SLOTS, Changes
 from .._exceptions import StoreBusyError, StoreError, StoreExhaustedError, StoreProtocolError, StoreTimeoutError
+from .._steady import steady
 from ._failover_breaker import Backoff
-from ._redis_clock import Clock, steady
+from ._redis_clock import Clock
 from ._redis_errors import lost, store_error
 from ._redis_news import News, open_news
 from ._redis_places import Place

@@ -25,8 +25,9 @@ from typing import Any, Final, TypeVar
 
 from .._answer import Answer
 from .._exceptions import StoreError
+from .._steady import steady
 from ._redis_address import Address
-from ._redis_clock import Clock, steady
+from ._redis_clock import Clock
 from ._redis_driver import hand_over
 from ._redis_errors import lost, not_redis, store_error, timed_out, unreachable
 from ._redis_link import BulkLink, Link, Request, pack
