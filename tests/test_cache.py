@@ -770,11 +770,11 @@ def _local() -> None: ...
     ("value", "where"),
     [
         (object(), "value"),
-        ({"a": [1, _local]}, r"value\['a'\]\[1\]"),
+        ({"a": [1, _local]}, r"value\[key 0\]\[1\]"),
         ([Point(1, [])], r"value\[0\]"),
         (iter([]), "value"),
         (type("Anon", (dict,), {})(), "value"),
-        ({"deep": {"set": {object()}}}, r"value\['deep'\]\['set'\]"),
+        ({"deep": {"set": {object()}}}, r"value\[key 0\]\[key 0\]"),
         (ValueError("x"), "value"),
     ],
 )

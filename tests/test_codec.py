@@ -182,13 +182,13 @@ def test_what_can_not_come_back_exactly_is_refused(make: Callable[[], Any]) -> N
 @pytest.mark.parametrize(
     ("value", "where", "what"),
     [
-        ({"items": [0, 1, 2, Holder(object())]}, "value['items'][3].what", "object"),
+        ({"items": [0, 1, 2, Holder(object())]}, "value[key 0][3].what", "object"),
         ({"sk-12 3": object()}, "value[key 0]", "object"),
         ({"x" * 41: {1, MyStr("s")}}, "value[key 0][item]", "MyStr"),
         ([{1: (0, deque([MyStr("s")]))}], "value[0][key 0][1][0]", "MyStr"),
         ({MyStr("secret"): 1}, "value[key 0]", "MyStr"),
         (datetime(2024, 1, 1, tzinfo=MyZone()), "value.tzinfo", "MyZone"),
-        (model(surplus=MyStr("s")), "value['extra']['surplus']", "MyStr"),
+        (model(surplus=MyStr("s")), "value[key 1][key 0]", "MyStr"),
         (Child(1), "value", "only a subclass of the Plain"),
         (Colour.RED, "value", "Colour is not among the annotated classes; annotate the return type, or pass as_type="),
     ],

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from mcp_hub_cache import CacheError, CircularLoadError
+from mcp_hub_cache import _flight as flight_module
 from mcp_hub_cache._flight import Flight, Flights
-from tests.backends import turns
+from tests.backends import poll, turns
 
 
 @pytest.fixture
@@ -501,6 +502,35 @@ async def test_closing_cancels_and_waits(flights: Flights) -> None:
         assert isinstance(result, CacheError)
         assert "closed" in str(result)
     assert asyncio.all_tasks() == before
+
+
+@pytest.mark.parametrize("how", ["patience", "timeout"])
+async def test_closing_waits_no_longer_than_said_for_what_is_deaf_to_it(
+    flights: Flights, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = asyncio.Event()
+
+    async def deaf(flight: Flight) -> str:
+        while not go.is_set():
+            try:
+                await go.wait()
+            except asyncio.CancelledError:
+                continue
+        return "at last"
+
+    monkeypatch.setattr(flight_module, "_PATIENCE", 0.01 if how == "patience" else 3600)
+    task = asyncio.create_task(fly(flights, b"k", "k", deaf))
+    await turns()
+    if how == "patience":
+        await flights.aclose()
+    else:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await flights.aclose()
+    with pytest.raises(CacheError, match="closed"):
+        await task
+    go.set()
+    await poll(lambda: len(asyncio.all_tasks()) == 1)
 
 
 async def test_what_flew_is_collected(flights: Flights) -> None:

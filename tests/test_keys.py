@@ -250,7 +250,7 @@ def test_depth() -> None:
 def test_places_inside_arguments_are_named() -> None:
     with pytest.raises(UncacheableError) as caught:
         argument_bytes(("q",), ({"a": [1, Holder(object())]},))
-    assert caught.value.where == "argument q['a'][1].what"
+    assert caught.value.where == "argument q[key 0][1].what"
 
 
 @given(st.lists(st.binary(max_size=5), max_size=4), st.lists(st.binary(max_size=5), max_size=4))

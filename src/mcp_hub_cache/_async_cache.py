@@ -317,7 +317,12 @@ class AsyncCache(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """End every task and connection of the running loop. The cache opens again when it is next used."""
+        """End every task and connection of the running loop. The cache opens again when it is next used.
+
+        Loads in progress are cancelled, and a loader that does not end by that is left alone after 5 seconds.
+
+        Cancellation: it is closed all the same, in the background.
+        """
         ...
 
     async def __aenter__(self) -> Self:

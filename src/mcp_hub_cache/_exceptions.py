@@ -29,7 +29,7 @@ class UncacheableError(CacheError, TypeError):
     """A value or argument that cannot be stored so that a hit equals a miss.
 
     Attributes:
-        where: The place inside the value, such as ``value['items'][3].when``.
+        where: The place inside the value, such as ``value[key 0][3].when``: keys are content, and are counted from 0.
     """
 
     def __init__(self, message: str, *, where: str = "value") -> None:

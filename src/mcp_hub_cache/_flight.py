@@ -24,6 +24,8 @@ from typing import Any, Final
 
 from ._exceptions import CacheError, CircularLoadError
 
+_PATIENCE: Final = 5.0  # seconds that a loader may take to end when its cache is closed
+
 PENDING: Final = object()
 """What ``wait`` answers where the flight has not landed in time."""
 
@@ -333,7 +335,10 @@ class Flights:
         return flight is not None and flight.group != group
 
     async def aclose(self) -> None:
-        """Cancel every load and wait for its end; who waits for one gets a ``CacheError``, as who wants one later."""
+        """Cancel every load and wait for its end; who waits for one gets a ``CacheError``, as who wants one later.
+
+        A loader that is deaf to that is waited for no longer than some seconds.
+        """
         self._closed = True
         me = asyncio.current_task()  # a loader may close the cache that it loads for
         flights = [flight for flight in self._flights if flight.task is not me]
@@ -342,7 +347,8 @@ class Flights:
         tasks = [flight.task for flight in flights if flight.task is not None]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            await asyncio.wait(tasks, timeout=_PATIENCE)
 
 
 def _closed(name: str) -> CacheError:

@@ -132,15 +132,11 @@ class Tagger:
         """Tag a mapping as keys and values by turns; *has_order*: its order is part of its value."""
         depth = self.enter(depth)
         tagged: list[tuple[Json, Json]] = []
-        place = ""
         try:
             for key, item in mapping.items():
-                place = f"[key {len(tagged)}]"
-                tagged_key = self.tag(key, depth)
-                place = place_of(key, len(tagged))
-                tagged.append((tagged_key, self.tag(item, depth)))
+                tagged.append((self.tag(key, depth), self.tag(item, depth)))
         except Refusal as refusal:
-            refusal.path.append(place)
+            refusal.path.append(place_of(len(tagged)))
             raise
         if self._ordered and not has_order:
             tagged.sort(key=canonical)
@@ -152,12 +148,11 @@ class Tagger:
             return self.pairs("d", mapping, depth)
         depth = self.enter(depth)
         tagged: dict[str, Json] = {}
-        key = None
         try:
             for key, item in mapping.items():
                 tagged[key] = self.tag(item, depth)
         except Refusal as refusal:
-            refusal.path.append(place_of(key, len(tagged)))
+            refusal.path.append(place_of(len(tagged)))
             raise
         return tagged
 
@@ -185,9 +180,9 @@ class Tagger:
         return tagged
 
 
-def place_of(key: object, index: int) -> str:
-    """Spell a subscript for people: the key where it reads like a name, else only which one it is."""
-    return f"[{key!r}]" if type(key) is str and key.isidentifier() and len(key) <= 40 else f"[key {index}]"
+def place_of(index: int) -> str:
+    """Spell a subscript for people: which key it is, and not the key, which is content and has no place in a log."""
+    return f"[key {index}]"
 
 
 def canonical(data: Json) -> bytes:
