@@ -24,7 +24,7 @@ from ._budget import Budget, Unbounded
 from ._codec import FAILURE
 from ._engine import Engine
 from ._exceptions import LoadTimeoutError, StoreError
-from ._frame import Frame, Kind, Mark
+from ._frame import TOKEN, Frame, Kind, Mark
 from ._freshness import is_fresh
 from ._leases import OVER, beside, head_of
 from ._placeholders import Over
@@ -195,8 +195,9 @@ class Turn:
             begun = await self._plant()
             if begun is None:
                 return None
-            if self._key in self.held:
+            if begun.frame is None or begun.frame[TOKEN] != self._trip.seen:
                 self._trip.spare = None  # it is not there any more
+            if self._key in self.held:
                 return None
             if begun.frame is not None and (found := await self._look(begun.frame)) is not None:
                 return found
