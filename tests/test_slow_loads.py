@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mcp_hub_cache import MISSING, Cache, LoadTimeoutError, Policy, acached
+from mcp_hub_cache import MISSING, Cache, FileCache, LoadTimeoutError, Policy, RedisCache, acached
 from mcp_hub_cache._frame import Kind, peek
 from tests.backends import NAMES, poll, stored, turns
 from tests.servers import Server, valkey_server
@@ -261,6 +261,44 @@ async def test_who_is_cancelled_before_the_soft_timeout_takes_the_load_with_him(
     await poll(lambda: source.cancelled == 1)
     source.go.set()
     assert await cache.get_or_load("k", source, soft_timeout=100, **STALE) == [2]  # it did not fail: nothing rests
+
+
+@pytest.mark.parametrize("change", ["delete", "set", "invalidate", "clear"])
+async def test_who_makes_a_change_reads_nothing_older_whoever_refreshes_meanwhile(
+    change: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Others keep asking for what is stale all the time, in the same process; loads take their time."""
+    policy = Policy(ttl=0.005, stale_ttl=60, soft_timeout=0.001, tags=("t",))
+    for cache in (RedisCache(request.getfixturevalue("valkey").url, timeout=30), FileCache(tmp_path, timeout=30)):
+        version, going = 0, True
+
+        async def load() -> int:
+            read = version  # noqa: B023  # as it is when it is called
+            await asyncio.sleep(0.002)
+            return read
+
+        async def agent(cache: Cache = cache) -> None:
+            while going:  # noqa: B023
+                await cache.get_or_load("k", load, policy=policy)
+                await asyncio.sleep(0.0007)
+
+        async with cache:
+            agents = [asyncio.create_task(agent()) for _ in range(6)]
+            for _ in range(100):
+                await asyncio.sleep(0.008)  # it goes stale, and is refreshed
+                version += 1
+                match change:
+                    case "delete":
+                        await cache.delete("k")
+                    case "set":
+                        await cache.set("k", version, ttl=0.004, tags=["t"])
+                    case "invalidate":
+                        assert await cache.invalidate("t")
+                    case _:
+                        await cache.clear()
+                assert await cache.get_or_load("k", load, policy=policy) == version
+            going = False
+            await asyncio.gather(*agents)
 
 
 # timeout
