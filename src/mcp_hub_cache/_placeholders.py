@@ -156,7 +156,7 @@ class Placeholders:
     def _left(self, held: Held, written: asyncio.Future[Outcome]) -> None:
         """Remove at least what was to be replaced: a server that is full or so takes nothing, but gives it back."""
         outcome = None if written.cancelled() else written.exception() or written.result()
-        if isinstance(outcome, StoreError) and not outcome.outage and self._leases is not None:
+        if outcome != "done" and self._leases is not None:
             self._lines.write(self._release, held.key, held).add_done_callback(heed)
 
     async def _release_many(self, held: Sequence[Held]) -> list[None]:

@@ -21,7 +21,7 @@ from mcp_hub_cache._exceptions import (
     StoreUnreachableError,
 )
 from mcp_hub_cache._frame import unpack_head
-from mcp_hub_cache._protocols import Outcome, Write
+from mcp_hub_cache._protocols import Held, Outcome, Write
 from mcp_hub_cache.stores.failover import FailoverStore
 from mcp_hub_cache.testing import FaultyStore, entry_frame
 from tests.stores.failing import A, B, C, Make, View, worlds
@@ -160,6 +160,25 @@ async def test_a_load_whose_write_failed_is_written_nowhere_else(world: Make) ->
     outcome = await w.set(A, fence=begun.fence)
     assert isinstance(outcome, StoreUnreachableError)
     assert await w.in_files(A) is None
+
+
+@pytest.mark.parametrize("how", ["away", "refuses"])
+async def test_what_could_not_be_given_back_holds_nobody_up_when_the_primary_is_back(world: Make, how: str) -> None:
+    w = world()
+    (begun,) = await w.store.begin_many([A], hold=10.0)
+    assert begun.leader
+    if how == "away":
+        await w.go_down()
+    else:
+        w.primary.break_down(StoreReadOnlyError("it is a replica."))
+    await w.store.release_many([Held(A, begun.fence)])
+    assert (await w.server.get_many([A])) != [None]
+    if how == "away":
+        await w.come_back()
+    else:
+        w.primary.repair()
+    (again,) = await w.store.begin_many([A], hold=10.0)
+    assert again.leader
 
 
 async def test_a_full_server_does_not_fill_the_journal_with_loads(world: Make) -> None:

@@ -35,7 +35,7 @@ import inspect
 import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, suppress
+from contextlib import AsyncExitStack, aclosing
 from functools import partial
 from operator import attrgetter
 from typing import Any, Final
@@ -139,6 +139,7 @@ class FailoverStore:
         self._answers_with_futures = not (
             inspect.iscoroutinefunction(primary.get_many) or inspect.iscoroutinefunction(primary.write_many)
         )
+        self._has_leases = isinstance(primary, Leases)
         # Looked at once: isinstance with a protocol is slow, and stamps are taken on every hit.
         self._primary_feed = _coherent(primary)
         self._standby_feed = _coherent(standby)
@@ -430,13 +431,20 @@ class FailoverStore:
         return await self._routes.each(held, _KEY, renew)
 
     async def release_many(self, held: Sequence[Held], /) -> None:
-        """See ``Leases.release_many``. One that can't be given back now ends with its hold."""
+        """See ``Leases.release_many``. What the primary can't be told now is noted: others would wait for it."""
 
         async def release(part: Sequence[Held], lane: Hashable) -> list[None]:
             part = fitted(part, self.id, self._routes.side(lane))
+            left = [one.key for one in part if self._has_leases and one.fence.store == self._store.id]
             for store, places in self._issuers(part, lane):
-                with suppress(StoreError):
+                try:
                     await store.release_many([part[at] for at in places])
+                except StoreError:
+                    continue
+                if store is self._primary:
+                    left = []
+            if left:
+                self._keeper.note(left)
             return [None] * len(part)
 
         await self._routes.each(held, _KEY, release)
