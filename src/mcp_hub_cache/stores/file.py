@@ -123,6 +123,7 @@ class FileStore:
         self._threads = threads
         self._sweep_interval = sweep_interval
         self._clock = clock
+        self._cramped: str | None = None  # why no room could be made the last time
         self._folder = Folder(os.path.abspath(os.path.expanduser(directory)), prefix.encode(), clock, durable=durable)
         self._batches = Batches(self._folder, self.id, max_bytes)
         self._slots: dict[bytes, tuple[str, int]] = {}
@@ -380,8 +381,15 @@ class FileStore:
             while (dropped := await self._aside(_file_upkeep.step, work)) is None:
                 pass
         except StoreError as error:
-            _log.warning("the file cache could not make room: %s", error)
+            # Once per change: it is tried again with nearly every write.
+            _log.log(
+                logging.DEBUG if self._cramped == error.kind else logging.WARNING,
+                "the file cache could not make room: %s",
+                error,
+            )
+            self._cramped = error.kind
             return
+        self._cramped = None
         if dropped and self.on_evict is not None:
             self.on_evict(dropped)
 
