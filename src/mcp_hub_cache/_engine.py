@@ -55,6 +55,7 @@ class Session:
 
     __slots__ = (
         "behind",
+        "claims",
         "flights",
         "is_closing",
         "is_direct",
@@ -89,6 +90,7 @@ class Session:
         self.rivals = rivals
         self.rests = rests
         self.is_closing = False
+        self.claims: dict[bytes, object] = {}  # by key, the set that is to be handed on, unless another change comes
         self.behind = 0  # refreshes in the background
         self.tasks: set[asyncio.Task[Any]] = set()
         self.use: Use | None = None
@@ -97,6 +99,14 @@ class Session:
         """Let go of what is known of *key*: it changes now. Loads in progress serve those who wait, and no one else."""
         self.flights.detach(key)
         self.l1.drop(key)
+        if self.claims:
+            self.claims.pop(key, None)
+
+    def forget_loads(self, prefix: bytes) -> None:
+        """The same of every key that begins with *prefix*, but for what is near: that takes its time."""
+        self.flights.detach_all(prefix)
+        for key in [key for key in self.claims if key.startswith(prefix)]:
+            del self.claims[key]
 
     async def drop_prefix(self, prefix: bytes) -> None:
         """Drop every key that begins with *prefix* from L1, in slices."""

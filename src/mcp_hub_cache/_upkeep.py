@@ -95,7 +95,7 @@ class Upkeep:
 
     async def _clear(self, prefix: bytes) -> int | StoreError:
         session = self._engine.session()
-        session.flights.detach_all(prefix)
+        session.forget_loads(prefix)
         await session.drop_prefix(prefix)
         await session.lines.settle()  # what was asked for before must not land after
         try:

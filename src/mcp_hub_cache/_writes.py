@@ -87,11 +87,10 @@ class Writes:
         """Store one entry, unconditionally: wins over loads in progress."""
         session = self._engine.session()
         session.forget(key)
-        if tags:
+        if tags or len(payload) > LARGE:
             await self._write_chunk(session, [(key, codec, payload, life)], tags)
             return
-        summed = await self.summed(key, payload, ()) if len(payload) > LARGE else None
-        write = self.framed(key, codec, payload, life, summed=summed)
+        write = self.framed(key, codec, payload, life)
         # ``_submit`` spelled out: one coroutine less.
         try:
             outcome: Outcome = await session.lines.write(self._write, key, write, len(write.frame))
@@ -122,11 +121,14 @@ class Writes:
             raise problem
 
     async def _write_chunk(self, session: Session, entries: Sequence[_Entry], tags: Collection[str]) -> None:
-        if not tags:
-            await self._write_marked(session, entries, ())
+        if not tags and all(len(payload) <= LARGE for _, _, payload, _ in entries):
+            await self._hand_on(session, [self.framed(*entry) for entry in entries])
             return
-        # In a task of its own: it is carried out where the caller leaves, as what takes one trip is.
-        written = _shielded(session.run(self._write_tagged(session, entries, tags)))
+        # It takes something before it can be handed on. In a task of its own: it is carried out where the caller
+        # leaves, as what takes one trip is, unless the key has been changed once more by then.
+        claim = object()
+        session.claims.update(dict.fromkeys([key for key, *_ in entries], claim))
+        written = _shielded(session.run(self._write_later(session, entries, tags, claim)))
         try:
             _, late = await self._in_time(session, written, None)
         except _EndedError:
@@ -135,28 +137,39 @@ class Writes:
             for key, *_ in entries:
                 await self.withdraw(session, key, late)
 
-    async def _write_tagged(self, session: Session, entries: Sequence[_Entry], tags: Collection[str]) -> None:
-        marks, problem = None, None
+    async def _write_later(
+        self, session: Session, entries: Sequence[_Entry], tags: Collection[str], claim: object
+    ) -> None:
+        marks: tuple[Mark, ...] | None = ()
+        sums: list[int | None] = []
+        problem: BaseException | None = None
         try:
-            marks = await self._marks(session, entries[0][0], tags)
-        except StoreError as error:
-            problem = error
-        except asyncio.CancelledError:  # the program ends
-            self._hand_on_deletes(session, [key for key, *_ in entries])
-            raise
+            if tags:
+                marks = await self._marks(session, entries[0][0], tags)
+            if marks is not None:
+                sums = [await self.summed(key, payload, marks) for key, _, payload, _ in entries]
+        except (StoreError, asyncio.CancelledError) as error:  # cancelled: the program ends
+            marks, problem = None, error
+        ours = [session.claims.get(key) is claim for key, *_ in entries]
+        for (key, *_), is_ours in zip(entries, ours, strict=True):
+            if is_ours:
+                del session.claims[key]
         if marks is not None:
-            await self._write_marked(session, entries, marks)
+            framed = zip(entries, sums, ours, strict=True)
+            writes = [self.framed(*entry, marks=marks, summed=summed) for entry, summed, is_ours in framed if is_ours]
+            await self._hand_on(session, writes)
             return
         # What the entries were to replace would outlive the next invalidation of these tags.
-        await self._submit_all(session, self._delete, [(key, key) for key, *_ in entries])
+        left = [key for (key, *_), is_ours in zip(entries, ours, strict=True) if is_ours]
+        if isinstance(problem, asyncio.CancelledError):
+            self._hand_on_deletes(session, left)
+        else:
+            await self._submit_all(session, self._delete, [(key, key) for key in left])
         if problem is not None:
             raise problem
 
-    async def _write_marked(self, session: Session, entries: Sequence[_Entry], marks: tuple[Mark, ...]) -> None:
+    async def _hand_on(self, session: Session, writes: Sequence[Write]) -> None:
         errors: list[StoreError] = []
-        writes = [
-            self.framed(*entry, marks=marks, summed=await self.summed(entry[0], entry[2], marks)) for entry in entries
-        ]
         outcomes = await self._submit_all(session, self._write, [(one.key, one) for one in writes])
         for write, outcome in zip(writes, outcomes, strict=True):
             if isinstance(outcome, StoreError):
@@ -354,6 +367,7 @@ class Writes:
         """Delete *keys*, and wait for nothing: what is handed on is carried out before the session has ended."""
         for key in keys:
             session.lines.write(self._delete, key, key).add_done_callback(heed)
+            session.l1.drop(key)
 
     async def delete_many(self, keys: Sequence[bytes]) -> int:
         """Remove; answer how many fresh entries went. Wins over loads in progress."""

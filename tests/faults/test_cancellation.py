@@ -301,6 +301,39 @@ async def test_a_caller_is_cancelled_at_any_step(
     assert list(tmp_path.rglob("*.tmp")) == []
 
 
+@pytest.mark.parametrize("then", ["delete", "set", "clear"])
+@pytest.mark.parametrize("name", ["with tags", "large", "many with tags"])
+@pytest.mark.parametrize("at", ["memory", "file", "redis", "failover"])
+async def test_what_comes_after_a_cancelled_set_wins(
+    at: str, name: str, then: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """A set that takes something before it can be handed on goes on by itself, and is overtaken."""
+    large = ["x" * 600_000]
+
+    async def store(cache: Cache, tag: str) -> None:
+        match name:
+            case "with tags":
+                await cache.set("k", NEW, tags=[tag])
+            case "large":
+                await cache.set("k", large)
+            case _:
+                await cache.set_many(MANY, tags=[tag])
+
+    async with _undisturbed(), _place(at, tmp_path, request)() as cache:
+        for steps in range(12):
+            await cache.set("k", OLD)
+            cut = await Cut().off(lambda steps=steps: store(cache, f"t{steps}"), steps, _cancel)  # type: ignore[misc]  # bound now
+            match then:
+                case "delete":
+                    await cache.delete("k")
+                case "set":
+                    await cache.set("k", LATER)
+                case _:
+                    await cache.clear()
+            await poll(lambda: _is_at_rest(cache))
+            assert await cache.get("k") == (LATER if then == "set" else None), (steps, cut)
+
+
 @pytest.mark.parametrize("victim", ["leader", "waiter"])
 @pytest.mark.parametrize("at", PLACES)
 async def test_the_others_keep_the_load(at: str, victim: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
