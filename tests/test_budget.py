@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 
-from mcp_hub_cache import Cache, Policy
+from mcp_hub_cache import Cache
 from mcp_hub_cache._budget import UNBOUNDED, Budget
 from mcp_hub_cache._exceptions import StoreTimeoutError
 from mcp_hub_cache.testing import faulty
 from tests.backends import PATIENT
+from tests.operations import DEADLINE, LOAD, OPERATIONS, fill, load
 
-DEADLINE = 1.0
-LOAD = 0.05
 METHODS = ("get_many", "head_many", "begin_many", "write_many", "patch_many", "delete_many", "renew_many")
 
 
@@ -89,25 +88,6 @@ async def test_a_process_that_was_busy_has_a_moment_to_take_in_the_answer() -> N
 # One deadline for an operation, whichever of its trips hangs
 
 
-async def load() -> int:
-    await asyncio.sleep(LOAD)
-    return 1
-
-
-OPERATIONS: dict[str, Callable[[Cache], Awaitable[Any]]] = {
-    "get with tags": lambda cache: cache.get("tagged"),
-    "set with tags": lambda cache: cache.set("k", 2, tags=["a"]),
-    "add": lambda cache: cache.add("new", 1, tags=["a"]),
-    "touch": lambda cache: cache.touch("k", 60),
-    "invalidate": lambda cache: cache.invalidate("a", "b"),
-    "load": lambda cache: cache.get_or_load("new", load),
-    "load with tags": lambda cache: cache.get_or_load("new", load, tags=["x"]),
-    "load over a stale one": lambda cache: cache.get_or_load("stale", load, stale_ttl=60),
-    "load for a fleet": lambda cache: cache.get_or_load("new", load, coalesce="fleet"),
-    "refresh": lambda cache: cache.get_or_load("k", load, refresh=True),
-}
-
-
 async def test_an_operation_has_one_deadline_over_all_its_trips() -> None:
     """Each method of the store hangs in turn, then all but one; measured by what hangs at its only trip."""
     hanging = [[each] for each in METHODS] + [[each for each in METHODS if each != method] for method in METHODS]
@@ -124,9 +104,7 @@ async def test_an_operation_has_one_deadline_over_all_its_trips() -> None:
 async def timed(operation: Callable[[Cache], Awaitable[Any]], stalled: list[str]) -> float:
     cache, faults = faulty(timeout=DEADLINE, l1_max_entries=0)
     async with cache:
-        await cache.set("k", 1)
-        await cache.set("tagged", 1, tags=["a"])
-        await cache.set("stale", 1, policy=Policy(ttl=0.001, stale_ttl=60))
+        await fill(cache)
         await asyncio.sleep(0.002)
         faults.stall(*stalled)
         begun = time.monotonic()

@@ -120,6 +120,17 @@ def start(call: Awaitable[Any]) -> asyncio.Future[Any]:
     return asyncio.ensure_future(call)
 
 
+async def held_up(
+    one: Cache, other: Cache, source: Source, count: int
+) -> tuple[asyncio.Future[Any], list[asyncio.Future[Any]]]:
+    """A load of *one*, and so many callers of *other* who wait for it."""
+    holder = start(one.get_or_load("k", source, **FLEET))
+    await source.called()
+    waiters = [start(other.get_or_load("k", source, **FLEET)) for _ in range(count)]
+    await poll(lambda: len(other._engine.session().flights) == 1 and other.stats.misses == count)
+    return holder, waiters
+
+
 async def make_stale(cache: Cache, key: str = "k", policy: Policy = STALE) -> None:
     """Leave an entry under *key*, ``[0]``, that is not fresh any more and may stand in."""
     await cache.set(key, [0], policy=policy)
@@ -736,10 +747,7 @@ async def test_a_lost_server_lets_everybody_load_uncached(tmp_path: Path) -> Non
     source = Source()
     with valkey_server() as server:
         async with RedisCache(server.url) as one, RedisCache(server.url) as other:
-            holder = start(one.get_or_load("k", source, **FLEET))
-            await source.called()
-            waiters = [start(other.get_or_load("k", source, **FLEET)) for _ in range(10)]
-            await poll(lambda: len(other._engine.session().flights) == 1 and other.stats.misses == 10)
+            holder, waiters = await held_up(one, other, source, 10)
             begun = time.monotonic()
             server.kill()
             await source.called(2)
@@ -796,10 +804,7 @@ async def test_a_server_that_is_full_by_the_end_of_a_load_lets_the_others_load()
     source = Source()
     with valkey_server() as server:
         async with RedisCache(server.url) as one, RedisCache(server.url) as other:
-            holder = start(one.get_or_load("k", source, **FLEET))
-            await source.called()
-            waiter = start(other.get_or_load("k", source, **FLEET))
-            await poll(lambda: len(other._engine.session().flights) == 1 and other.stats.misses == 1)
+            holder, (waiter,) = await held_up(one, other, source, 1)
             server.command("CONFIG", "SET", "maxmemory", "1")
             begun = time.monotonic()
             source.go.set()
@@ -812,10 +817,7 @@ async def test_a_server_that_hangs_holds_nobody_longer_than_the_store_may_take()
     source = Source()
     with valkey_server() as server:
         async with RedisCache(server.url) as one, RedisCache(server.url) as other:
-            holder = start(one.get_or_load("k", source, **FLEET))
-            await source.called()
-            waiters = [start(other.get_or_load("k", source, **FLEET)) for _ in range(10)]
-            await poll(lambda: len(other._engine.session().flights) == 1 and other.stats.misses == 10)
+            holder, waiters = await held_up(one, other, source, 10)
             begun = time.monotonic()
             server.pause()
             await source.called(2)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mcp_hub_cache import FileCache, MemoryCache, RedisCache, WrongLoopError
+from mcp_hub_cache import CacheError, FileCache, MemoryCache, RedisCache, WrongLoopError, _flight
 from mcp_hub_cache._lifetime import PerLoop
 from tests.backends import poll
 from tests.forks import in_child
@@ -288,6 +288,30 @@ def test_a_child_forked_between_two_runs(tmp_path: Path) -> None:
 
 
 # Closing that is cut off
+
+
+async def test_closing_waits_once_for_a_loader_that_is_deaf_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_flight, "_PATIENCE", 0.01)
+    go, cancelled = asyncio.Event(), 0
+
+    async def deaf() -> None:
+        nonlocal cancelled
+        while not go.is_set():
+            try:
+                await go.wait()
+            except asyncio.CancelledError:
+                cancelled += 1
+
+    cache = MemoryCache()
+    task = asyncio.create_task(cache.get_or_load("k", deaf))
+    await poll(lambda: len(cache._engine.session().flights) == 1)
+    await asyncio.sleep(0)
+    await cache.aclose()
+    assert cancelled == 1
+    with pytest.raises(CacheError, match="closed"):
+        await task
+    go.set()
+    await poll(lambda: len(asyncio.all_tasks()) == 1)
 
 
 @pytest.mark.parametrize("again", [True, False])

@@ -18,6 +18,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any, Final, TypeVar, cast
 
 from ._blake import blake2b
@@ -189,10 +190,15 @@ class Engine:
     async def _close(self, session: Session) -> None:
         if session.use is not None:
             session.use.end()
+        waits: list[Callable[[], Coroutine[Any, Any, None]]] = [
+            session.flights.aclose,
+            partial(self._wait_for_tasks, session),
+        ]
         if not session.is_closing:  # cut off, it is begun anew (``PerLoop``): what goes on for others is to end well
             session.is_closing = True
-            await session.flights.aclose()
-            await self._wait_for_tasks(session)
+            for wait in waits:
+                await wait()
+            waits.clear()
         # In this order read from below, and each step whatever became of the one before: a close that is cancelled half
         # way, as by the end of the program, would leave connections open.
         async with AsyncExitStack() as steps:
@@ -201,8 +207,8 @@ class Engine:
             steps.push_async_callback(session.lines.aclose)
             steps.push_async_callback(session.placeholders.aclose)  # after all who may plant one
             steps.push_async_callback(self._end_tasks, session)
-            steps.push_async_callback(self._wait_for_tasks, session)
-            steps.push_async_callback(session.flights.aclose)
+            for wait in reversed(waits):
+                steps.push_async_callback(wait)
 
     async def _wait_for_tasks(self, session: Session) -> None:
         if session.tasks:

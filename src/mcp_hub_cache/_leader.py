@@ -37,7 +37,6 @@ from ._freshness import Life
 from ._marks import OWNED
 from ._protocols import Outcome, Write
 from ._reads import Reads
-from ._steps import LARGE
 from ._tags import ANY_DIGEST, tag_digest
 from ._trip import Landed, Plan, Trip
 from ._turn import Turn
@@ -290,7 +289,7 @@ class Leader:
         assert trip.begun is not None
         if self._plan.owner is not None:
             marks = (*marks, Mark(self._plan.owner, OWNED))
-        summed = await self._writes.summed(self._key, payload, marks) if len(payload) > LARGE else None
+        summed = await self._writes.summed(self._key, payload, marks)
         return self._writes.framed(
             self._key, codec, payload, life, fence=trip.begun.fence, cost=cost, marks=marks, summed=summed
         )

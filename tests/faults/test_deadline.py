@@ -15,35 +15,11 @@ from typing import Any
 
 import pytest
 
-from mcp_hub_cache import Cache, Policy, RedisCache
+from mcp_hub_cache import Cache, RedisCache
 from mcp_hub_cache.stores.memory import MemoryStore
 from mcp_hub_cache.testing import FaultProxy
+from tests.operations import DEADLINE, LOAD, OPERATIONS, fill
 from tests.servers import valkey_server
-
-DEADLINE = 1.0
-LOAD = 0.05
-
-
-async def load() -> int:
-    await asyncio.sleep(LOAD)
-    return 1
-
-
-OPERATIONS: dict[str, Callable[[Cache], Awaitable[Any]]] = {
-    "set": lambda cache: cache.set("k", 2),
-    "set with tags": lambda cache: cache.set("k", 2, tags=["a"]),
-    "get with tags": lambda cache: cache.get("tagged"),
-    "add": lambda cache: cache.add("new", 1, tags=["a"]),
-    "touch": lambda cache: cache.touch("k", 60),
-    "delete": lambda cache: cache.delete("k"),
-    "get of many": lambda cache: cache.get_many(["k", "tagged", "stale"]),
-    "invalidate": lambda cache: cache.invalidate("a", "b"),
-    "load": lambda cache: cache.get_or_load("new", load),
-    "load with tags": lambda cache: cache.get_or_load("new", load, tags=["x"]),
-    "load over a stale one": lambda cache: cache.get_or_load("stale", load, stale_ttl=60),
-    "load for a fleet": lambda cache: cache.get_or_load("new", load, coalesce="fleet"),
-    "refresh": lambda cache: cache.get_or_load("k", load, refresh=True),
-}
 
 
 @pytest.mark.parametrize("covered", [False, True], ids=["alone", "with a fallback"])
@@ -62,9 +38,7 @@ async def test_an_operation_costs_one_deadline_whatever_it_takes(tmp_path: Path,
                     failover={"failures": 1000, "slow_after": 100.0},
                 )
                 await stack.enter_async_context(cache)
-                await cache.set("k", 1)
-                await cache.set("tagged", 1, tags=["a"])
-                await cache.set("stale", 1, policy=Policy(ttl=0.001, stale_ttl=60))
+                await fill(cache)
                 assert await cache.get("tagged") == 1
                 return proxy, cache
 

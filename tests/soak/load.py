@@ -148,8 +148,10 @@ class Load:
 
     async def _cut_off(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
-        await asyncio.wait([task], timeout=self._rng.choice([0, 0, 0.001, 0.005, 0.1]))
-        task.cancel()
+        try:
+            await asyncio.wait([task], timeout=self._rng.choice([0, 0, 0.001, 0.005, 0.1]))
+        finally:  # its agent is cancelled: it would meet the closing of its cache
+            task.cancel()
         await asyncio.wait([task])
         if not task.cancelled():
             task.result()

@@ -131,6 +131,17 @@ def _large(value: bytes) -> bytes:
     return b"*1\r\n$%d\r\n%b\r\n" % (len(value), value)
 
 
+async def _half_a_large_value(script: Script, wire: Wire) -> tuple[asyncio.Future[Any], asyncio.Future[Any]]:
+    """Two requests, of which the first has had half a megabyte of its one of zeros."""
+    await _warm(script, wire)
+    one, other = wire.send(GET, 1, first), wire.send(GET, 1, first)
+    for _ in range(2):
+        await script.asked.get()
+    script.say(_large(bytes(1_000_000))[:500_000])
+    await asyncio.sleep(0.001)
+    return one, other
+
+
 @pytest.mark.parametrize("cuts", ["none", "header", "in the header", "end", "in the end", "behind the end", "many"])
 async def test_large_values_are_received_in_place(script: Script, cuts: str) -> None:
     """Wherever what comes is cut, and whatever comes before, between and behind."""
@@ -162,12 +173,7 @@ async def test_large_values_are_received_in_place(script: Script, cuts: str) -> 
 
 async def test_a_large_value_whose_caller_left_is_thrown_away(script: Script) -> None:
     async with opened(script, bulk=True) as wire:
-        await _warm(script, wire)
-        gone, mine = wire.send(GET, 1, first), wire.send(GET, 1, first)
-        for _ in range(2):
-            await script.asked.get()
-        script.say(_large(bytes(1_000_000))[:500_000])
-        await asyncio.sleep(0.001)
+        gone, mine = await _half_a_large_value(script, wire)
         gone.cancel()
         script.say(bytes(1_000_000 - (500_000 - 14)) + b"\r\n+mine\r\n")
         assert await mine == b"mine"
@@ -176,12 +182,7 @@ async def test_a_large_value_whose_caller_left_is_thrown_away(script: Script) ->
 @pytest.mark.parametrize("how", ["hangs up", "says more", "is aborted"])
 async def test_a_large_value_that_does_not_end_as_it_should(script: Script, how: str) -> None:
     async with opened(script, bulk=True) as wire:
-        await _warm(script, wire)
-        one, other = wire.send(GET, 1, first), wire.send(GET, 1, first)
-        for _ in range(2):
-            await script.asked.get()
-        script.say(_large(bytes(1_000_000))[:500_000])
-        await asyncio.sleep(0.001)
+        one, other = await _half_a_large_value(script, wire)
         if how == "hangs up":
             script.hang_up()
         elif how == "is aborted":

@@ -201,8 +201,7 @@ class Primary:
             for item, outcome in zip(items, outcomes, strict=True)
             if isinstance(outcome, StoreError) and (item.fence is None or item.fence.store == self.store.id)
         ]
-        if self._keeper.health.away:
-            self._keeper.changed(item.key for item, outcome in zip(items, outcomes, strict=True) if outcome == "done")
+        self._keeper.changed(item.key for item, outcome in zip(items, outcomes, strict=True) if outcome == "done")
         if not failed:
             self.heard(name, lane, seconds, [item[1] for item in items if isinstance(item, Write)])
             return outcomes

@@ -25,6 +25,7 @@ from typing import Any, Final, TypeVar
 
 from .._answer import Answer
 from .._exceptions import StoreError
+from .._lane import LATE
 from .._steady import steady
 from ._redis_address import Address
 from ._redis_clock import Clock
@@ -35,7 +36,6 @@ from ._redis_places import IDENTIFY, Fixed, Place
 
 T = TypeVar("T")
 
-_LATE: Final = 0.05  # seconds by which a timer may be late before the process counts as busy
 _GRACE: Final = 0.1  # seconds granted then
 _TIME: Final = pack((b"TIME",))
 _QUESTION: Final = _TIME + b"".join(map(pack, IDENTIFY))
@@ -248,7 +248,7 @@ class Wire:
         oldest = self._pending[0]
         next_due = oldest.sent + self._timeout
         if next_due <= now:
-            if now - due <= _LATE or oldest is self._graced:
+            if now - due <= LATE or oldest is self._graced:
                 self._drop(timed_out(self._place.where, self._timeout))
                 return
             self._graced, next_due = oldest, now + _GRACE
