@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from mcp_hub_cache._exceptions import StoreTimeoutError
+from mcp_hub_cache._exceptions import StoreExhaustedError, StoreTimeoutError
 from mcp_hub_cache.stores import _file_threads
 from mcp_hub_cache.stores._file_threads import Aside, Threads
 
@@ -199,6 +199,76 @@ def test_the_interpreters_end_is_not_held_up_by_what_hangs() -> None:
     print("begun", flush=True)
 """
     assert run(code + KEPT, bound=0.1) == ["begun"]
+
+
+def test_the_interpreters_end_waits_for_a_store_that_is_forgotten() -> None:
+    code = """
+    threads.submit(time.sleep, 0.2)
+    threads.submit(print, "written")
+asyncio.run(main())
+"""
+    assert run(code, bound=30) == ["written"]
+
+
+def test_nothing_is_begun_any_more_that_the_interpreters_end_would_cut_off() -> None:
+    """A daemon's loop goes on, and asks, while functions are called at exit."""
+    code = """
+    def work():
+        global begun, ended
+        begun += 1
+        time.sleep(0.001)
+        ended += 1
+    while True:
+        ready.set()
+        await asyncio.gather(*(threads.submit(work) for _ in range(20)))
+begun = ended = 0
+ready = threading.Event()
+def look():
+    at_the_end = begun
+    time.sleep(0.1)
+    print(at_the_end > 20, begun - at_the_end, begun - ended)
+atexit.unregister(_file_threads._serving._end)
+atexit.register(look)
+atexit.register(_file_threads._serving._end)
+threading.Thread(target=asyncio.run, args=(main(),), daemon=True).start()
+ready.wait()
+time.sleep(0.05)
+"""
+    assert run(code, bound=30) == ["True", "0", "0"]
+
+
+def test_who_is_called_at_exit_after_the_threads_have_ended_is_told() -> None:
+    code = """
+    print(await threads.submit(len, "abc"))
+def late():
+    try:
+        asyncio.run(main())
+    except Exception as error:
+        print(type(error).__name__, "the program is ending" in str(error))
+atexit.unregister(_file_threads._serving._end)
+atexit.register(late)
+atexit.register(_file_threads._serving._end)
+"""
+    assert run(code, bound=30) == ["StoreExhaustedError", "True"]
+
+
+async def test_no_thread_to_be_had_is_said_and_no_more_of_them_is_borne(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    go_on = threading.Event()
+    async with crew("t-none") as threads:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", start)
+            with pytest.raises(StoreExhaustedError, match=r"no thread for the files: can.t start new thread\..*ulimit"):
+                threads.submit(len, "abc")
+        assert await threads.submit(len, "abc") == 3
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", start)
+            slow, queued = threads.submit(go_on.wait), threads.submit(len, "ab")
+            await asyncio.sleep(0.05)
+            go_on.set()
+            assert (await slow, await queued) == (True, 2)
 
 
 def test_a_forked_childs_end_waits_for_none_of_its_parents_jobs() -> None:

@@ -14,7 +14,7 @@ Rules:
 - A job holds no lock of this process, so a fork inherits none. A child uses none of this: its own loop makes its own.
 - The threads are daemons. A job that hangs (a dead mount) holds up neither the loop, nor ``aclose`` or the end of the
   interpreter beyond a bound. Before that bound, what was taken in is done: what is cut off there is what a kill cuts
-  off, which leaves whole entries.
+  off, which leaves whole entries. Nothing is taken in from then on.
 - A thread refers to its crew and to nothing above it, so a store that is forgotten with its loop ends its threads.
 """
 
@@ -29,11 +29,12 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent import futures
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, Final, TypeVar
 
 from .._answer import Answer
-from .._exceptions import StoreTimeoutError
+from .._exceptions import StoreExhaustedError, StoreTimeoutError
 
 T = TypeVar("T")
 
@@ -45,6 +46,51 @@ _AT_EXIT: Final = 2.0  # seconds that the interpreter's end waits in all
 # What a job is: whom to tell the result or the error, for whom, what to do, with what.
 _Tell = Callable[[Any, Any, BaseException | None], None]
 _Job = tuple[_Tell, Any, Callable[..., Any], tuple[Any, ...]]
+
+
+class _Serving:
+    """The threads of all crews of this process, which the interpreter's end waits for.
+
+    One function for all of them, called once: a crew that was told by itself could be given a new thread while the
+    others were still waited for, and that thread would be cut off in the middle of a file.
+    """
+
+    def __init__(self) -> None:
+        self.is_over = False
+        self._jobs: dict[threading.Thread, SimpleQueue[_Job | None]] = {}
+        atexit.register(self._end)
+        if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+            os.register_at_fork(after_in_child=self._jobs.clear)
+
+    def begins(self, thread: threading.Thread, jobs: SimpleQueue[_Job | None]) -> bool:
+        """Start a thread that serves *jobs*; false where the program ends.
+
+        Raises:
+            RuntimeError: There may be no more threads.
+        """
+        self._jobs[thread] = jobs  # first, so that either the end sees it here, or what comes next sees the end
+        try:
+            if not self.is_over:
+                thread.start()
+        finally:
+            if thread.ident is None:
+                self.ends(thread)
+        return thread.ident is not None
+
+    def ends(self, thread: threading.Thread) -> None:
+        """To be called as the last by each thread."""
+        self._jobs.pop(thread, None)
+
+    def _end(self) -> None:
+        self.is_over = True
+        until = time.monotonic() + _AT_EXIT
+        for jobs in tuple(self._jobs.values()):
+            jobs.put(None)
+        while self._jobs and time.monotonic() < until:
+            time.sleep(0.0005)
+
+
+_serving: Final = _Serving()
 
 
 class Crew:
@@ -61,22 +107,39 @@ class Crew:
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._pid = os.getpid()
-        atexit.register(self._at_exit)
 
     def put(self, tell: _Tell, whom: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        """Have *work* done; then ``tell(whom, result, error)`` is called in that thread, and must not raise."""
-        self._jobs.put((tell, whom, work, args))
+        """Have *work* done; then ``tell(whom, result, error)`` is called in that thread, and must not raise.
+
+        Raises:
+            StoreExhaustedError: There is no thread, and none can be started.
+        """
+        if _serving.is_over:
+            # A daemon's loop comes to its end here, as it would anywhere a moment later. Who is called at exit is told.
+            if threading.current_thread() is threading.main_thread():
+                raise StoreExhaustedError("the program is ending: no file is read or written any more.")
+            return
         if not self._threads:
-            self.grow()
+            try:
+                self.grow()
+            except RuntimeError as error:
+                raise StoreExhaustedError(
+                    f"no thread for the files: {error}.", cure="See what limits threads here (ulimit -u, pids.max)."
+                ) from error
+        self._jobs.put((tell, whom, work, args))
 
     def grow(self) -> None:
-        """Start another thread, if there may be more."""
+        """Start another thread, if there may be more.
+
+        Raises:
+            RuntimeError: There may be, but none can be started.
+        """
         self._threads = [thread for thread in self._threads if thread.is_alive()]
         if len(self._threads) < self._most:
             idle = _IDLE if self._threads else None
             thread = threading.Thread(target=_serve, args=(self._jobs, idle), name=self._name, daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            if _serving.begins(thread, self._jobs):
+                self._threads.append(thread)
 
     def size(self) -> int:
         """Threads there are; one that has just ended may be among them."""
@@ -88,36 +151,30 @@ class Crew:
 
     def end(self) -> None:
         """Let the threads end after the jobs that are queued. Waits for nothing."""
-        atexit.unregister(self._at_exit)
         if self._pid == os.getpid():
             self._jobs.put(None)
 
-    def _at_exit(self) -> None:
-        if self._pid != os.getpid():
-            return
-        self._jobs.put(None)
-        until = time.monotonic() + _AT_EXIT
-        for thread in self._threads:
-            thread.join(max(0.0, until - time.monotonic()))
-
 
 def _serve(jobs: SimpleQueue[_Job | None], idle: float | None) -> None:
-    while True:
-        try:
-            job = jobs.get(timeout=idle)
-        except Empty:
-            return
-        if job is None:
-            jobs.put(None)  # for the next thread
-            return
-        tell, whom, work, args = job
-        result, trouble = None, None
-        try:
-            result = work(*args)
-        except BaseException as error:  # noqa: BLE001  # the caller's to see, whatever it is
-            trouble = error
-        tell(whom, result, trouble)
-        del job, tell, whom, work, args, result, trouble  # an idle thread keeps nothing alive
+    try:
+        while True:
+            try:
+                job = jobs.get(timeout=idle)
+            except Empty:
+                return
+            if job is None:
+                jobs.put(None)  # for the next thread
+                return
+            tell, whom, work, args = job
+            result, trouble = None, None
+            try:
+                result = work(*args)
+            except BaseException as error:  # noqa: BLE001  # the caller's to see, whatever it is
+                trouble = error
+            tell(whom, result, trouble)
+            del job, tell, whom, work, args, result, trouble  # an idle thread keeps nothing alive
+    finally:
+        _serving.ends(threading.current_thread())
 
 
 class _Returns:
@@ -193,9 +250,9 @@ class Threads:
             then: Called on the loop with the future and the result; true where it takes care of the future itself.
         """
         future: asyncio.Future[T] = Answer(loop=self._loop)
-        pending = self._returns.pending
-        pending[future] = then
         self._crew.put(self._tell, future, work, args)
+        pending = self._returns.pending
+        pending[future] = then  # in time: the loop takes the results, and it is here
         if self._watch is None and len(pending) > self._crew.size():
             self._look_later()
         return future
@@ -217,7 +274,8 @@ class Threads:
         # A loop that was late to look has kept the threads from the interpreter's lock: that they have done nothing
         # meanwhile is its own doing.
         if count == self._returns.count and self._loop.time() - due < _PATIENCE:
-            self._crew.grow()
+            with suppress(RuntimeError):  # those that there are serve what waits
+                self._crew.grow()
         self._look_later()
 
     async def aclose(self) -> None:
