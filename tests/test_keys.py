@@ -113,9 +113,10 @@ def test_bad_keys_are_refused_without_showing_much_of_them() -> None:
         with pytest.raises(InvalidKeyError) as caught:
             space.entry(text)
         assert len(str(caught.value)) < 270 and "\n" not in str(caught.value) and str(caught.value).isascii()
+    space = KeySpace(max_key_length=3).other(namespace="n").other(scope="s")
     with pytest.raises(InvalidKeyError, match="at most 3 characters"):
-        space.entry("abcd", max_length=3)
-    assert space.entry("abc", max_length=3)
+        space.entry("abcd")
+    assert space.entry("abc") == b"mcp_hub:n:s:s:abc"
 
 
 # Arguments

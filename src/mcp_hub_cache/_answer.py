@@ -38,7 +38,9 @@ class Answer(asyncio.Future[T]):
     def set_result(self, result: T, /) -> None:
         """See ``asyncio.Future``; so for those that follow."""
         super().set_result(result)
-        self._tell()
+        if (listener := self._listener) is not None:  # ``_tell`` spelled out, on the way of every read
+            self._listener = None
+            listener(self)
 
     def set_exception(self, exception: type | BaseException, /) -> None:
         """See ``asyncio.Future``."""

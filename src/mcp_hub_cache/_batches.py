@@ -20,10 +20,12 @@ class Batch:
 
     __slots__ = ("call", "contested", "counts", "dues", "futures", "items", "keys", "size", "work")
 
-    def __init__(self, call: Call) -> None:
+    def __init__(
+        self, call: Call, items: Sequence[Any] = (), futures: Sequence[asyncio.Future[Any]] = ()
+    ) -> None:  # fmt: skip
         self.call = call
-        self.items: list[Any] = []
-        self.futures: list[asyncio.Future[Any]] = []
+        self.items = [*items]
+        self.futures = [*futures]
         self.dues: list[float] = []  # those of the latest requests may be missing
         self.counts: list[int] | None = None  # items of each request, 0: one by itself; None: all are by themselves
         self.keys: list[bytes] = []

@@ -105,8 +105,12 @@ class Cache(AsyncCache):
         if on_misconfigured not in ("serve", "raise"):
             raise ValueError(f'on_misconfigured must be "serve" or "raise", not {on_misconfigured!r}')
         self._default_ttl = seconds(default_ttl, "default_ttl")
-        self._max_key_length = _whole(max_key_length, "max_key_length", least=1, most=_MAX_KEY_LENGTH)
-        self._space = KeySpace(prefix, namespace)
+        self._space = KeySpace(
+            prefix,
+            namespace,
+            max_key_length=_whole(max_key_length, "max_key_length", least=1, most=_MAX_KEY_LENGTH),
+        )
+        self._key = self._space.entry
         self._counters = Counters()
         # A shortcut tells no observer.
         self._has_shortcuts = observer is None
@@ -171,9 +175,6 @@ class Cache(AsyncCache):
         """Keep what *shortcut* has counted, and count it no more."""
         self._counters.leave(shortcut)
 
-    def _key(self, key: str) -> bytes:
-        return self._space.entry(key, self._max_key_length)
-
     def rules(self, policy: Policy | None = None, **changes: Any) -> Rules:
         """Return what *policy*, with *changes* of its options, means for this cache; a change to None is none.
 
@@ -213,7 +214,7 @@ class Cache(AsyncCache):
                     return value
         reads = self._reads
         if not reads.has_l1:
-            value = await reads.fetch(self._key(key), _classes(as_type))
+            value = await reads.fetch(self._key(key), NOTHING if as_type is Any else _classes(as_type))
             return default if value is MISS else value
         hit, _ = await reads.look_up(self._engine.session(), self._key(key), _classes(as_type))
         tell_read(hit, self._engine.observers)
@@ -328,7 +329,7 @@ class Cache(AsyncCache):
         except LookupError as unset:
             self._engine.warn_once(f"{plan.label} scope", f"{plan.label} is called uncached: {unset}")
             return await loader()
-        value: T = await self._loads.load(space.entry(key, self._max_key_length), loader, plan)
+        value: T = await self._loads.load(space.entry(key), loader, plan)
         return value
 
     def plan(
@@ -402,10 +403,10 @@ class Cache(AsyncCache):
     def _entries(self, prefix: str) -> bytes:
         if not isinstance(prefix, str):
             raise TypeError(f"prefix must be a str, not {type(prefix).__name__}")
-        return self._space.entry(prefix, self._max_key_length) if prefix else self._space.entries
+        return self._key(prefix) if prefix else self._space.entries
 
     def with_namespace(self, namespace: str) -> Cache:
-        return self._view(KeySpace(self._space.prefix, namespace, self._space.scope))
+        return self._view(self._space.other(namespace=namespace))
 
     def with_scope(self, scope: Scope) -> Cache:
         return self._view(self._scoped(scope))
@@ -417,11 +418,11 @@ class Cache(AsyncCache):
             )
         value, outer = argument_bytes(("scope",), (scope_of(scope),)), self._space.scope
         within = digest(outer.encode(), value) if outer else digest(value)
-        return KeySpace(self._space.prefix, self._space.namespace, within)
+        return self._space.other(scope=within)
 
     def _view(self, space: KeySpace) -> Cache:
         view = copy.copy(self)
-        view._space = space
+        view._space, view._key = space, space.entry
         view._lead_names()
         # Views come and go, one for each tenant of a moment perhaps; what they have counted is kept.
         weakref.finalize(view, self._counters.leave, view._names).atexit = False

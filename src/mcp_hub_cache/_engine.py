@@ -128,7 +128,11 @@ class Session:
 
 
 class Engine:
-    """The session of one store, and who is told of trouble with it. See the module for the rules."""
+    """The session of one store, and who is told of trouble with it. See the module for the rules.
+
+    Attributes:
+        session: Returns what belongs to the running loop, opened now if it is not yet.
+    """
 
     def __init__(
         self,
@@ -164,6 +168,7 @@ class Engine:
             store.retimed = form.retimed
         self._warned: set[str] = set()
         self._sessions: PerLoop[Session] = PerLoop(self._open, owner=f"this {store.name} cache", close=self._close)
+        self.session = self._sessions.get
         # The store's call, bound once: a line tells kinds of requests apart by their call.
         self.store_get = store.get_many
         self.now = store.now
@@ -226,10 +231,6 @@ class Engine:
     def _switched(self, old: str, new: str) -> None:
         self.tier = self.store.name if self.monitored is None else self.monitored.serving
         self.tell_all(lambda observer: observer.state(old, new))
-
-    def session(self) -> Session:
-        """Return what belongs to the running loop, opened now if it is not yet."""
-        return self._sessions.get()
 
     async def aclose(self) -> None:
         """End every task and give back everything of the running loop."""

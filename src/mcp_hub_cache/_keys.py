@@ -67,6 +67,7 @@ class KeySpace:
             ``*?[]``; may be empty.
         namespace: 1 to 64 of ``A-Z a-z 0-9 _ . -``, not "." or "..". Holding no colon, no two namespaces share a key.
         scope: Digest of whose entries they are; empty: nobody's in particular.
+        max_key_length: Characters of a name; at least 1.
 
     Attributes:
         root: Everything of this namespace starts with it.
@@ -77,9 +78,16 @@ class KeySpace:
         ValueError: Prefix or namespace is not as above.
     """
 
-    __slots__ = ("entries", "namespace", "prefix", "root", "scope")
+    __slots__ = ("_max_key_length", "entries", "namespace", "prefix", "root", "scope")
 
-    def __init__(self, prefix: str = "mcp_hub:", namespace: str = "default", scope: str = "") -> None:
+    def __init__(
+        self,
+        prefix: str = "mcp_hub:",
+        namespace: str = "default",
+        scope: str = "",
+        *,
+        max_key_length: int = MAX_KEY_LENGTH,
+    ) -> None:
         for part in (prefix, namespace):
             _as_str(part)
         if not re.fullmatch(_NAMESPACE, namespace) or namespace in {".", ".."}:
@@ -94,24 +102,34 @@ class KeySpace:
         self.root = f"{prefix}{namespace}:".encode("ascii")
         self.entries = self.root + (b"s:%s:" % scope.encode("ascii") if scope else b"e:")
         self.scope = scope
+        self._max_key_length = max_key_length
+
+    def other(self, *, namespace: str | None = None, scope: str | None = None) -> KeySpace:
+        """Return the same with another namespace or scope; None: the same one."""
+        return KeySpace(
+            self.prefix,
+            self.namespace if namespace is None else namespace,
+            self.scope if scope is None else scope,
+            max_key_length=self._max_key_length,
+        )
 
     def __repr__(self) -> str:
         """How to make it again."""
         return f"KeySpace(prefix={self.prefix!r}, namespace={self.namespace!r})"
 
-    def entry(self, name: str, max_length: int = MAX_KEY_LENGTH) -> bytes:
+    def entry(self, name: str) -> bytes:
         """Return the store key of the entry *name*.
 
         Raises:
             TypeError: *name* is no str.
-            InvalidKeyError: It is empty, longer than *max_length* characters, or not encodable as UTF-8.
+            InvalidKeyError: It is empty, too long, or not encodable as UTF-8.
         """
         text = name if type(name) is str else _as_str(name)
-        if not 0 < len(text) <= max_length:
+        if not 0 < len(text) <= self._max_key_length:
             if not text:
                 raise InvalidKeyError("a key has at least one character")
             # Without a word of it: by a template, a key holds arguments.
-            raise InvalidKeyError(f"a key has at most {max_length:,} characters; this one has {len(text):,}")
+            raise InvalidKeyError(f"a key has at most {self._max_key_length:,} characters; this one has {len(text):,}")
         try:
             return self.entries + text.encode()
         except UnicodeEncodeError as error:

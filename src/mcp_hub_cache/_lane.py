@@ -105,9 +105,7 @@ class Lane:
                 self._filling = None
                 self._go_on()
         elif not (self._reading or self._gathering):
-            batch = Batch(call)
-            batch.add(item, future)
-            self._start(batch, self._reading)
+            self._start(Batch(call, (item,), (future,)), self._reading)
         elif (batch := self._reads.batch(call)) is not None:
             batch.add(item, future)
             self._joined(self._reads, batch)
@@ -256,7 +254,8 @@ class Lane:
             self._written(batch.keys)
         if len(batch.futures) > 1 and not self._gathering:
             self._gather()  # those who have just been answered are ready to run, and may ask again
-        self._go_on()
+        if self._reads.batches or self._writes.batches:
+            self._go_on()
 
     # Writes, and reads that wait for them
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
+from types import CoroutineType
 from typing import Any, TypeVar
 
 from .._answer import Answer, when_done
@@ -13,20 +14,21 @@ T = TypeVar("T")
 
 
 def relay(
-    asked: asyncio.Future[T], take: Callable[[asyncio.Future[T]], T | Coroutine[Any, Any, T]]
+    asked: Awaitable[T], take: Callable[[asyncio.Future[T]], T | Coroutine[Any, Any, T]]
 ) -> Answer[T]:  # fmt: skip
     """Return a future of what *take* makes of *asked*.
 
     Args:
         asked: What was asked.
-        take: Called with *asked* when it is done, whether or not anybody still waits. What it returns or raises is the
-            answer; a coroutine is awaited for it, in a task.
+        take: Called with the future of *asked* when it is done, whether or not anybody still waits. What it returns or
+            raises is the answer; a coroutine is awaited for it, in a task.
 
     Cancellation:
         Cancelling the result leaves *asked* alone, and ends what *take* began.
     """
-    answer: Answer[T] = Answer(loop=asked.get_loop())
-    when_done(asked, partial(_take, take, answer))
+    future = asked if isinstance(asked, asyncio.Future) else asyncio.ensure_future(asked)
+    answer: Answer[T] = Answer(loop=future.get_loop())
+    when_done(future, partial(_take, take, answer))
     return answer
 
 
@@ -41,9 +43,9 @@ def _take(
         if not answer.done():
             answer.set_exception(error)
     else:
-        if not asyncio.iscoroutine(taken):
+        if not isinstance(taken, CoroutineType):  # ``asyncio.iscoroutine`` takes long
             if not answer.done():
-                answer.set_result(taken)
+                answer.set_result(taken)  # type: ignore[arg-type]  # of all coroutines, *take* makes this type alone
         elif answer.done():
             taken.close()
         else:

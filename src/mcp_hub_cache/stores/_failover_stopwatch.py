@@ -41,7 +41,7 @@ class Stopwatch:
     def _now(self) -> float:
         now = self._loop.time()
         # Answers are taken in before timers that are overdue.
-        return now - self._late - max(now - self._due, 0.0)
+        return min(now, self._due) - self._late
 
     def _arm(self) -> None:
         self._due = self._loop.time() + _BEAT

@@ -173,7 +173,7 @@ class FailoverStore:
         # What most calls are: asked within the caller's step, and answered without a task.
         if self._answers_with_futures and self._is_calm():
             stopwatch = self._keeper.stopwatch
-            asked = asyncio.ensure_future(self._store.get_many(keys))
+            asked = self._store.get_many(keys)
             return relay(asked, partial(self._got, keys, stopwatch, stopwatch.start()))
         return self._routes.each(keys, bytes, self._get)
 
@@ -247,7 +247,7 @@ class FailoverStore:
             sent = fitted(writes, self.id, self._store)
             if all([write.fence is None or write.fence.store == self._store.id for write in sent]):  # noqa: C419
                 stopwatch = self._keeper.stopwatch
-                asked = asyncio.ensure_future(self._store.write_many(sent))
+                asked = self._store.write_many(sent)
                 return relay(
                     asked,
                     partial(self._wrote, sent, self.lane(sent[0].key) if sent else None, stopwatch, stopwatch.start()),
