@@ -7,13 +7,14 @@ import time
 import orjson
 
 from .bench import Bench
-from .clients import Client, Opened, Ours
+from .clients import Bare, Client, Opened, Ours
 from .measure import Side, reads, spread, writes
 from .specs import SPECS
 from .values import WrongValueError, compare, result
 
 _PEERS = {
     "redis-py": "redis-py, pool of 10",
+    "bare": Bare.name,
     "redis-py-10": "redis-py, pool of 10",
     "redis-py-50": "redis-py, pool of 50",
     "valkey-glide": "valkey-glide",
@@ -60,10 +61,11 @@ async def _gets(bench: Bench, opened: Opened) -> None:
         work, _, peer = spec.id.removeprefix("redis.").partition(".")
         if work not in _CALLERS:
             continue
-        callers, name = _CALLERS[work], _PEERS[peer]
+        callers, name = _CALLERS[work], _PEERS[peer.removeprefix("bare-")]
         other = opened.clients.get(name)
         theirs = None if other is None else reads(other.get, _keys_of(bench, other), callers)
-        side = reads(ours.get, _keys_of(bench, ours), callers)
+        this = opened.clients[Bare.name] if peer.startswith("bare-") else ours
+        side = reads(this.get, _keys_of(bench, this), callers)
         await bench.compare(spec.id, side, theirs, missing=opened.missing.get(name, ""))
 
 
@@ -120,9 +122,10 @@ async def _get_many(bench: Bench, opened: Opened) -> None:
 
 async def _throughput(bench: Bench, opened: Opened) -> None:
     """Reads per second by callers, every client in every round: the picture, not a claim."""
-    curve: dict[str, list[dict[str, float]]] = {name: [] for name in opened.clients}
+    clients = {name: client for name, client in opened.clients.items() if name != Bare.name}
+    curve: dict[str, list[dict[str, float]]] = {name: [] for name in clients}
     for callers in _QUICK_CURVE if bench.method.quick else _CURVE:
-        sides = {name: reads(client.get, _keys_of(bench, client), callers) for name, client in opened.clients.items()}
+        sides = {name: reads(client.get, _keys_of(bench, client), callers) for name, client in clients.items()}
         counts: dict[str, int] = {}
         rates: dict[str, list[float]] = {name: [] for name in sides}
         for turn in range(1 if bench.method.quick else _CURVE_ROUNDS):

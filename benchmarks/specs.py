@@ -65,6 +65,8 @@ _SMALL = "p99 of small reads, 10 callers,"
 
 SPECS: Final = (
     Spec("redis.get1.redis-py", _GET1, "redis-py get + orjson", RATE, 1.7),
+    Spec("redis.get1.bare", _GET1, "a bare protocol, nothing verified", RATE),
+    Spec("redis.get1.bare-redis-py", "a bare protocol, 1 caller", "redis-py get + orjson", RATE),
     Spec("redis.get1.valkey-glide", _GET1, "valkey-glide", RATE),
     Spec("redis.get1.cashews", _GET1, "cashews", RATE),
     Spec("redis.get1.aiocache", _GET1, "aiocache", RATE),
