@@ -200,11 +200,12 @@ def _seen(entry: os.DirEntry[str]) -> Seen | None:
     return Seen(entry.name, charge_of(facts.st_size), facts.st_size, facts.st_atime_ns, until / 1_000_000, kind)
 
 
-def look(fd: int | str) -> list[Seen]:
-    """Every file of ours in a shelf."""
+def look(fd: int | str) -> Iterator[Seen]:
+    """Every file of ours in a shelf. None may be removed before the last was seen."""
     with os.scandir(fd) as entries:
-        mine = [_seen(entry) for entry in entries if FILE_NAME.fullmatch(entry.name)]
-    return [seen for seen in mine if seen is not None]
+        for entry in entries:
+            if FILE_NAME.fullmatch(entry.name) and (seen := _seen(entry)) is not None:
+                yield seen
 
 
 class Shelf:
@@ -299,9 +300,9 @@ class Shelf:
         mine = facts is not None and stat.S_ISREG(facts.st_mode)
         self._remove(name, None if facts is None or not mine else charge_of(facts.st_size))
 
-    def drop_seen(self, seen: Seen) -> None:
+    def drop_seen(self, name: str, charge: int) -> None:
         """Remove a file that was seen under this lock."""
-        self._remove(seen.name, seen.charge)
+        self._remove(name, charge)
 
     def drop_unused(self, name: str, used: int) -> bool:
         """Remove the file unless it has been used since *used*; whether it was removed."""
@@ -328,8 +329,8 @@ class Shelf:
         except FileNotFoundError:
             return None
 
-    def look(self) -> list[Seen]:
-        """Every file of ours."""
+    def look(self) -> Iterator[Seen]:
+        """See ``look``."""
         return look(self._fd)
 
     def tidy(self) -> int:
@@ -338,16 +339,17 @@ class Shelf:
         for name in os.listdir(self._fd):
             if _TEMP_NAME.fullmatch(name) and (facts := self._facts(name)) is not None and stat.S_ISREG(facts.st_mode):
                 os.unlink(name, dir_fd=self._fd)
-        total = expired = 0
+        total, over = 0, []
         for seen in self.look():
             if seen.until <= now and self._is_over(seen, now):
-                self.drop_seen(seen)
-                expired += 1
+                over.append((seen.name, seen.charge))
             else:
                 total += seen.charge
+        for name, charge in over:
+            self.drop_seen(name, charge)
         self._table.set_usage(self._number, total)
         self._table.mend(self._number)
-        return expired
+        return len(over)
 
     def _is_over(self, seen: Seen, now: float) -> bool:
         data = self.front(seen.name, HEAD_SIZE)

@@ -1,7 +1,10 @@
 """What the file store does over whole folders: sweep, evict, list, clear, count. Synchronous; runs in threads.
 
-Strategy: work goes shelf by shelf, in slices of a few milliseconds, so that a thread is never gone for long and nobody
-waits for a lock for longer than one shelf takes. Slices take a list of shelves and give back those not done yet.
+Strategy: all of it is work that may be left off after each file, or after each shelf where it holds the shelf's lock:
+nobody waits for a lock for longer than one shelf takes. It is done in steps of a few milliseconds, with a turn of the
+event loop in between. For thread and loop share the interpreter: beside a thread that makes one system call after the
+other, each step of the loop waits for it. For the same reason no more is kept of a file than must be: lists of
+thousands of objects would have the garbage collector go through all that the program holds.
 
 Eviction drops what was used least recently, over all namespaces: one pass over the files' ``atime`` finds the oldest
 that together make enough room (a heap of candidates, so memory goes with what is dropped and not with what is there),
@@ -12,8 +15,9 @@ paid for by many writes. One process at a time evicts.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
+from functools import partial
 from heapq import heappop, heappush
 from itertools import groupby
 from typing import Final, NamedTuple, TypeVar
@@ -22,14 +26,16 @@ from .._exceptions import StoreError
 from .._frame import HEAD_SIZE, FrameError, Kind, is_live, key_of, unpack_head
 from ._file_folder import Folder
 from ._file_places import Place
-from ._file_shelf import LOCK_SECONDS, UNDER_WAY, Seen, Shelf, is_live_entry, look, store_error
+from ._file_shelf import LOCK_SECONDS, UNDER_WAY, Shelf, is_live_entry, look, store_error
 
 T = TypeVar("T")
-Shelves = Sequence[tuple[str, int]]
-Steps = Generator[None, None, int]
-"""Work in steps of some milliseconds, so that its thread is never gone for long. What it holds goes with it."""
+Steps = Generator[None, None, T]
+"""Work that may be left off wherever it yields; what it holds goes with it."""
+Found = tuple[bytes, bytes]
+"""A key, and the head of what stands under it."""
 
-_SLICE: Final = 0.005
+_STEP: Final = 0.002  # seconds
+_PAGE: Final = 100  # entries at most that the loop has to deal with in one go
 _FRONT: Final = 2048  # a head and nearly every key
 _PATIENCE: Final = 0.05  # for the lock of a shelf that upkeep can as well do later
 _PASSES: Final = 3
@@ -45,99 +51,108 @@ class _Candidate(NamedTuple):
     live: bool
 
 
-def slice_of(shelves: Shelves, one: Callable[[str, int], T]) -> tuple[list[T], Shelves]:
-    """Do *one* for the first of *shelves* and for more while there is time; the results, and the shelves left."""
-    until = time.monotonic() + _SLICE
-    done: list[T] = []
-    for at, (space, shelf) in enumerate(shelves):
-        if done and time.monotonic() >= until:
-            return done, shelves[at:]
-        done.append(one(space, shelf))
-    return done, ()
+def step(work: Steps[T]) -> T | None:
+    """Do some milliseconds' worth of *work*; the result after the last of it."""
+    until = time.monotonic() + _STEP
+    try:
+        while True:
+            next(work)
+            if time.monotonic() >= until:
+                return None
+    except StopIteration as end:
+        result: T = end.value
+        return result
 
 
-def sweep(folder: Folder, shelves: Shelves) -> tuple[int, Shelves]:
+def page(found: Iterator[Found | None]) -> list[Found] | None:
+    """What some milliseconds find; None after the last of it."""
+    until = time.monotonic() + _STEP
+    items: list[Found] = []
+    for item in found:
+        if item is not None:
+            items.append(item)
+        if len(items) == _PAGE or time.monotonic() >= until:
+            return items
+    return items or None
+
+
+def sweep(folder: Folder) -> Steps[int]:
     """Remove what has expired and what dead writers left; how many had expired."""
-
-    def one(space: str, shelf: int) -> int:
-        try:
-            with folder.lock(space, shelf, time.monotonic() + _PATIENCE, make=False) as held:
-                return held.tidy()
-        except (OSError, StoreError):  # busy: it has its turn in the next round; or in trouble, which is its own alone
-            return 0
-
-    counts, left = slice_of(shelves, one)
-    return sum(counts), left
+    expired = 0
+    for space, shelf in folder.shelves():
+        # In trouble: that is its own alone. Busy: it has its turn in the next round.
+        with suppress(OSError, StoreError), folder.lock(space, shelf, _soon(_PATIENCE), make=False) as held:
+            expired += held.tidy()
+        yield
+    folder.finish_sweep()
+    return expired
 
 
-def clear(folder: Folder, prefix: bytes, shelves: Shelves) -> tuple[int, StoreError | None, Shelves]:
+def clear(folder: Folder, prefix: bytes) -> Steps[tuple[int, StoreError | None]]:
     """Remove what has a key that starts with *prefix*; how many entries, and what kept a shelf from being cleared."""
-
-    def one(space: str, shelf: int) -> int | StoreError:
+    total, trouble = 0, None
+    for space, shelf in folder.shelves(prefix):
         now, whole = folder.clock(), folder.covers(prefix, space)
         try:
-            with folder.lock(space, shelf, time.monotonic() + LOCK_SECONDS, make=False) as held:
-                return sum(_clear_one(held, seen, prefix, whole=whole, now=now) for seen in held.look())
+            with folder.lock(space, shelf, _soon(LOCK_SECONDS), make=False) as held:
+                # All are seen before the first goes.
+                for name, charge in [(seen.name, seen.charge) for seen in held.look()]:
+                    total += _clear_one(held, name, charge, prefix, whole=whole, now=now)
+            if folder.ground is not None:
+                folder.ground.settle([(space, shelf)])
         except FileNotFoundError:
-            return 0
+            pass
         except OSError as error:
-            return store_error(error, folder.directory)
+            trouble = trouble or store_error(error, folder.directory)
         except StoreError as error:
-            return error
-
-    results, left = slice_of(shelves, one)
-    if folder.ground is not None:
-        try:
-            folder.ground.settle(shelves[: len(results)])
-        except OSError as error:
-            results.append(store_error(error, folder.directory))
-    trouble = next((result for result in results if isinstance(result, StoreError)), None)
-    return sum(result for result in results if not isinstance(result, StoreError)), trouble, left
+            trouble = trouble or error
+        yield
+    return total, trouble
 
 
-def _clear_one(shelf: Shelf, seen: Seen, prefix: bytes, *, whole: bool, now: float) -> bool:
-    data = _front(shelf.front, seen.name)
+def _soon(seconds: float) -> float:
+    return time.monotonic() + seconds
+
+
+def _clear_one(shelf: Shelf, name: str, charge: int, prefix: bytes, *, whole: bool, now: float) -> bool:
+    data = _front(partial(shelf.front, name))
     if data is None:
         return False
     try:
         key, head = key_of(data), unpack_head(data)
     except FrameError:
         if whole:
-            shelf.drop_seen(seen)
+            shelf.drop_seen(name, charge)
         return False
     if not key.startswith(prefix):
         return False
-    shelf.drop_seen(seen)
+    shelf.drop_seen(name, charge)
     return head.kind == Kind.ENTRY and is_live(head, now)
 
 
-def _front(read: Callable[[str, int], bytes | None], name: str) -> bytes | None:
-    data = read(name, _FRONT)
+def _front(read: Callable[[int], bytes | None]) -> bytes | None:
+    data = read(_FRONT)
     if data is not None and len(data) == _FRONT:
         with suppress(FrameError):
             length = HEAD_SIZE + unpack_head(data).key_length
             if length > _FRONT:
-                return read(name, length)
+                return read(length)
     return data
 
 
-def scan(folder: Folder, prefix: bytes, shelves: Shelves) -> tuple[list[tuple[bytes, bytes]], Shelves]:
-    """A page of keys that start with *prefix*, with their heads."""
-
-    def one(space: str, shelf: int) -> list[tuple[bytes, bytes]]:
-        found: list[tuple[bytes, bytes]] = []
+def scan(folder: Folder, prefix: bytes) -> Iterator[Found | None]:
+    """The keys that start with *prefix*, with their heads; None for each other file."""
+    for space, shelf in folder.shelves(prefix):
         for name in folder.names(space, shelf):
+            found: Found | None = None
             with suppress(FrameError, OSError):  # gone, damaged or not for us to read: not listed
-                data = _front(lambda name, size: folder.read(Place(space, shelf, name), size), name)
+                data = _front(partial(folder.read, Place(space, shelf, name)))
                 if data is not None and (key := key_of(data)).startswith(prefix):
-                    found.append((key, data[:HEAD_SIZE]))
-        return found
-
-    pages, left = slice_of(shelves, one)
-    return [item for page in pages for item in page], left
+                    found = key, data[:HEAD_SIZE]
+            yield found
 
 
-def evict(folder: Folder, limit: int, target: int, wait: float) -> Steps:
+def evict(folder: Folder, limit: int, target: int, wait: float) -> Steps[int]:
     """Make room if more than *limit* bytes are taken, in steps; returns how many live entries went.
 
     Args:
@@ -156,41 +171,33 @@ def evict(folder: Folder, limit: int, target: int, wait: float) -> Steps:
     return dropped
 
 
-def _make_room(folder: Folder, limit: int, target: int) -> Steps:
+def _make_room(folder: Folder, limit: int, target: int) -> Steps[int]:
     need = folder.usage() - target
-    shelves = folder.shelves()
     oldest: list[_Candidate] = []  # a heap with the one used last on top, which is the first to be spared
     gain = total = 0
     now = folder.clock()
-    for space, shelf in shelves:
-        try:
-            files = look(folder.path(space, shelf))
-        except OSError:
-            continue
-        yield
-        for seen in files:
-            total += seen.charge
-            live = seen.until > now
-            if live and seen.kind == Kind.PLACEHOLDER and seen.until < now + UNDER_WAY:
-                continue
-            age = -seen.used if live else 0
-            if gain >= need and age < oldest[0].age:
-                continue
-            heappush(oldest, _Candidate(age, space, shelf, seen.name, seen.charge, seen.used, live))
-            gain += seen.charge
-            while gain - oldest[0].charge >= need:
-                gain -= heappop(oldest).charge
+    for space, shelf in folder.shelves():
+        with suppress(OSError):
+            for seen in look(folder.path(space, shelf)):
+                yield
+                total += seen.charge
+                live = seen.until > now
+                if live and seen.kind == Kind.PLACEHOLDER and seen.until < now + UNDER_WAY:
+                    continue
+                age = -seen.used if live else 0
+                if gain >= need and age < oldest[0].age:
+                    continue
+                heappush(oldest, _Candidate(age, space, shelf, seen.name, seen.charge, seen.used, live))
+                gain += seen.charge
+                while gain - oldest[0].charge >= need:
+                    gain -= heappop(oldest).charge
     if total <= limit:  # the tables are wrong, not the folder too full
-        left: Shelves = shelves
-        while left:
-            _, left = sweep(folder, left)
-            yield
-        folder.finish_sweep()
+        yield from sweep(folder)
         return 0
     return (yield from _drop(folder, oldest))
 
 
-def _drop(folder: Folder, candidates: list[_Candidate]) -> Steps:
+def _drop(folder: Folder, candidates: list[_Candidate]) -> Steps[int]:
     dropped = 0
     candidates.sort(key=lambda one: (one.space, one.shelf))
     for (space, shelf), group in groupby(candidates, lambda one: (one.space, one.shelf)):
@@ -204,22 +211,11 @@ def _drop(folder: Folder, candidates: list[_Candidate]) -> Steps:
     return dropped
 
 
-def step(work: Steps) -> int | None:
-    """Do the next step; the result after the last."""
-    try:
-        next(work)
-    except StopIteration as end:
-        result: int = end.value
-        return result
-    return None
-
-
-def count(folder: Folder, facts: dict[str, int], shelves: Shelves) -> Shelves:
-    """Add to *facts* how many files, expired files, bytes and live entries there are in some of *shelves*."""
-    now = folder.clock()
-
-    def one(space: str, shelf: int) -> None:
-        path = folder.path(space, shelf)
+def count(folder: Folder) -> Steps[dict[str, int]]:
+    """How many files, expired files, bytes and live entries there are."""
+    facts = {"total_files": 0, "expired_files": 0, "total_bytes": 0, "total_keys": 0}
+    for space, shelf in folder.shelves():
+        now, path = folder.clock(), folder.path(space, shelf)
         with suppress(OSError):
             for seen in look(path):
                 facts["total_files"] += 1
@@ -227,5 +223,5 @@ def count(folder: Folder, facts: dict[str, int], shelves: Shelves) -> Shelves:
                 facts["expired_files"] += seen.until <= now
                 with suppress(OSError):
                     facts["total_keys"] += is_live_entry(seen, path, now)
-
-    return slice_of(shelves, one)[1]
+                yield
+    return facts

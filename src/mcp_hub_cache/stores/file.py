@@ -52,7 +52,7 @@ _log = logging.getLogger("mcp_hub_cache")
 
 _WATCH: Final = 1.0  # seconds between looks at whether the folder is still the same
 _FIRST_SWEEP: Final = 0.5  # seconds after opening: programs that run for a moment don't pay for it
-_BREATH: Final = 0.05  # seconds between the slices of a background sweep
+_BREATH: Final = 0.05  # seconds between the steps of a background sweep
 _SWEEP_SHARE: Final = 20  # times as long as a sweep took until the next one
 _ROOM: Final = 0.05  # seconds that a write waits for the eviction it caused
 _LARGE: Final = 1 << 26  # bytes of bound from which on room is made ahead
@@ -60,7 +60,6 @@ _AHEAD: Final = 32  # the part of such a bound that is kept free for writes whil
 _SLOW: Final = 0.0002  # seconds per write from which it is the disk that is waited for
 _PARTS: Final = 4
 _POLLS: Final = (0.005, 1.5, 0.05)  # of a stamp somebody waits for: first pause, growth, longest pause
-_PAGE: Final = 100  # entries of a scan handed out between two turns of the loop
 _MAX_SLOTS: Final = 65_536
 
 
@@ -231,22 +230,14 @@ class FileStore:
         return self._job(self._batches.delete, keys)
 
     async def scan(self, prefix: bytes, /) -> AsyncGenerator[list[tuple[bytes, bytes]], None]:
-        """See ``Store.scan``. One job per page, of what a few milliseconds find."""
-        shelves: _file_upkeep.Shelves = await self._aside(self._folder.shelves, prefix)
-        while shelves:
-            page, shelves = await self._aside(_file_upkeep.scan, self._folder, prefix, shelves)
-            for start in range(0, len(page), _PAGE):
-                yield page[start : start + _PAGE]
-                await asyncio.sleep(0)
+        """See ``Store.scan``. A page is what a few milliseconds find."""
+        found = _file_upkeep.scan(self._folder, prefix)
+        while (page := await self._aside(_file_upkeep.page, found)) is not None:
+            yield page
 
     async def clear(self, prefix: bytes, /) -> int:
-        """See ``Store.clear``. One job per few shelves; a shelf that can't be cleared keeps none of the others."""
-        shelves: _file_upkeep.Shelves = await self._aside(self._folder.shelves, prefix)
-        total, trouble = 0, None
-        while shelves:
-            count, error, shelves = await self._aside(_file_upkeep.clear, self._folder, prefix, shelves)
-            total += count
-            trouble = trouble or error
+        """See ``Store.clear``. A shelf that can't be cleared keeps none of the others."""
+        total, trouble = await self._in_steps(_file_upkeep.clear(self._folder, prefix))
         if trouble is not None:
             raise trouble
         return total
@@ -257,10 +248,7 @@ class FileStore:
 
     async def info(self) -> Mapping[str, str | int | float]:
         """Files and entries of all namespaces, counted."""
-        facts = {"total_files": 0, "expired_files": 0, "total_bytes": 0, "total_keys": 0}
-        shelves: _file_upkeep.Shelves = await self._aside(self._folder.shelves)
-        while shelves:
-            shelves = await self._aside(_file_upkeep.count, self._folder, facts, shelves)
+        facts = await self._in_steps(_file_upkeep.count(self._folder))
         size_mb = round(facts["total_bytes"] / (1024 * 1024), 2)
         return {"cache_dir": str(self._directory), **facts, "total_size_mb": size_mb}
 
@@ -314,17 +302,15 @@ class FileStore:
 
     async def sweep(self) -> int:
         """Remove expired files and what dead writers left; answer how many had expired. The background does it too."""
-        return await self._sweep(pause=0.0)
+        return await self._in_steps(_file_upkeep.sweep(self._folder))
 
-    async def _sweep(self, pause: float) -> int:
-        shelves: _file_upkeep.Shelves = await self._aside(self._folder.shelves)
-        total = 0
-        while shelves:
-            count, shelves = await self._aside(_file_upkeep.sweep, self._folder, shelves)
-            total += count
-            await asyncio.sleep(pause)
-        await self._aside(self._folder.finish_sweep)
-        return total
+    async def _in_steps(self, work: _file_upkeep.Steps[T], breath: float = 0.0) -> T:
+        while True:
+            result = await self._aside(partial(_file_upkeep.step, work))
+            if result is not None:
+                return result
+            if breath:
+                await asyncio.sleep(breath)
 
     async def _keep(self) -> None:
         await asyncio.sleep(_FIRST_SWEEP)
@@ -338,7 +324,7 @@ class FileStore:
                     fresh = due and 0 <= time.time() - self._folder.swept() < interval * 0.9
                     due = began + interval
                     if not fresh:
-                        await self._sweep(_BREATH)
+                        await self._in_steps(_file_upkeep.sweep(self._folder), _BREATH)
                         if (room := self._keep_bound()) is not None:
                             await asyncio.wait({room}, timeout=_ROOM)
                         interval = max(self._sweep_interval, _SWEEP_SHARE * (time.monotonic() - began))
@@ -377,9 +363,7 @@ class FileStore:
 
     async def _make_room(self, limit: int, target: int) -> None:
         try:
-            work = _file_upkeep.evict(self._folder, limit, target, _ROOM)
-            while (dropped := await self._aside(_file_upkeep.step, work)) is None:
-                pass
+            dropped = await self._in_steps(_file_upkeep.evict(self._folder, limit, target, _ROOM))
         except StoreError as error:
             # Once per change: it is tried again with nearly every write.
             _log.log(
