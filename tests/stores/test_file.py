@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import itertools
 import math
 import os
 import resource
@@ -15,6 +16,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from zlib import crc32
 
 import pytest
@@ -30,6 +32,7 @@ from mcp_hub_cache._exceptions import (
 )
 from mcp_hub_cache._frame import HEAD_SIZE, Kind, pack, unpack, unpack_head
 from mcp_hub_cache._protocols import Coherent, Fence, Held, Leases, Write
+from mcp_hub_cache.stores import _file_upkeep
 from mcp_hub_cache.stores.file import FileStore
 from mcp_hub_cache.testing import FakeClock, StoreConformance, entry_frame
 
@@ -702,6 +705,31 @@ async def test_a_listing_leaves_the_loop_its_turns(tmp_path: Path) -> None:
         assert sorted(found for page in pages for found, _ in page) == sorted(map(key, names))
 
 
+async def test_upkeep_is_left_off_after_each_file_or_locked_shelf(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_file_upkeep, "_STEP", 0.0)
+
+    def steps(work: _file_upkeep.Steps[Any]) -> tuple[int, Any]:
+        for count in itertools.count(1):
+            if (result := _file_upkeep.step(work)) is not None:
+                return count, result
+        raise AssertionError
+
+    async with opened(tmp_path) as store:
+        names = in_one_shelf(store, 50)
+        await store.write_many([write(store, name) for name in [*names, "elsewhere"]])
+        folder = store._folder
+        found = _file_upkeep.scan(folder, b"")
+        assert [len(_file_upkeep.page(found) or ()) for _ in range(52)] == [1] * 51 + [0]
+        assert steps(_file_upkeep.sweep(folder)) == (3, 0)
+        count, facts = steps(_file_upkeep.count(folder))
+        assert (count, facts["total_keys"], facts["total_files"]) == (52, 51, 51)
+        assert steps(_file_upkeep.evict(folder, 0, 0, 1.0)) == (51 + 2 + 1, 51)
+        await store.write_many([write(store, name) for name in [*names, "elsewhere"]])
+        assert steps(_file_upkeep.clear(folder, b"")) == (3, (51, None))
+
+
 async def test_room_is_made_ahead_of_a_large_bound(tmp_path: Path) -> None:
     bound = 1 << 26
     async with opened(tmp_path, max_bytes=bound) as store:
@@ -846,6 +874,7 @@ AS_NOBODY = """
 import asyncio, concurrent.futures.thread, os, sys
 from mcp_hub_cache._exceptions import StorePermissionError
 from mcp_hub_cache._protocols import Write
+from mcp_hub_cache.stores import _file_upkeep
 from mcp_hub_cache.stores.file import FileStore
 async def main():
     store = FileStore(sys.argv[1])
@@ -954,6 +983,7 @@ async def test_placeholders_are_frames_of_their_key(tmp_path: Path) -> None:
 FORKED = """
 import asyncio, os, sys
 from mcp_hub_cache._protocols import Write
+from mcp_hub_cache.stores import _file_upkeep
 from mcp_hub_cache.stores.file import FileStore
 from mcp_hub_cache.testing import entry_frame
 store = FileStore(sys.argv[1])

@@ -35,6 +35,7 @@ Found = tuple[bytes, bytes]
 """A key, and the head of what stands under it."""
 
 _STEP: Final = 0.002  # seconds
+_SETTLED: Final = 16  # shelves that are made durable together
 _PAGE: Final = 100  # entries at most that the loop has to deal with in one go
 _FRONT: Final = 2048  # a head and nearly every key
 _PATIENCE: Final = 0.05  # for the lock of a shelf that upkeep can as well do later
@@ -91,6 +92,7 @@ def sweep(folder: Folder) -> Steps[int]:
 def clear(folder: Folder, prefix: bytes) -> Steps[tuple[int, StoreError | None]]:
     """Remove what has a key that starts with *prefix*; how many entries, and what kept a shelf from being cleared."""
     total, trouble = 0, None
+    changed: list[tuple[str, int]] = []
     for space, shelf in folder.shelves(prefix):
         now, whole = folder.clock(), folder.covers(prefix, space)
         try:
@@ -98,16 +100,28 @@ def clear(folder: Folder, prefix: bytes) -> Steps[tuple[int, StoreError | None]]
                 # All are seen before the first goes.
                 for name, charge in [(seen.name, seen.charge) for seen in held.look()]:
                     total += _clear_one(held, name, charge, prefix, whole=whole, now=now)
-            if folder.ground is not None:
-                folder.ground.settle([(space, shelf)])
         except FileNotFoundError:
-            pass
+            continue
         except OSError as error:
             trouble = trouble or store_error(error, folder.directory)
         except StoreError as error:
             trouble = trouble or error
+        changed.append((space, shelf))
+        if len(changed) == _SETTLED:
+            trouble = _settle(folder, changed) or trouble
         yield
-    return total, trouble
+    return total, _settle(folder, changed) or trouble
+
+
+def _settle(folder: Folder, changed: list[tuple[str, int]]) -> StoreError | None:
+    shelves = [*changed]
+    changed.clear()
+    try:
+        if folder.ground is not None and shelves:
+            folder.ground.settle(shelves)
+    except OSError as error:
+        return store_error(error, folder.directory)
+    return None
 
 
 def _soon(seconds: float) -> float:

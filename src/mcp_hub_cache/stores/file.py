@@ -233,7 +233,8 @@ class FileStore:
         """See ``Store.scan``. A page is what a few milliseconds find."""
         found = _file_upkeep.scan(self._folder, prefix)
         while (page := await self._aside(_file_upkeep.page, found)) is not None:
-            yield page
+            if page:
+                yield page
 
     async def clear(self, prefix: bytes, /) -> int:
         """See ``Store.clear``. A shelf that can't be cleared keeps none of the others."""
