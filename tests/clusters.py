@@ -89,21 +89,29 @@ class Watched:
 
 
 @contextmanager
-def watched(*args: str) -> Iterator[Watched]:
-    """Start a primary, its replica and three sentinels, which take over within about two seconds."""
+def watched(*args: str, as_user: str | None = None) -> Iterator[Watched]:
+    """Start a primary, its replica and three sentinels, which take over within about two seconds.
+
+    *as_user*: whom the sentinels log in as, and everybody's password. Where a server deletes that user, they are cut
+    off, and nobody else is.
+    """
     with ExitStack() as stack:
         quick = ("--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1", "--repl-timeout", "3", *args)
-        primary = stack.enter_context(valkey_server(*quick))
-        replica = stack.enter_context(valkey_server("--replicaof", f"127.0.0.1 {primary.port}", *quick))
+        if as_user is not None:
+            quick += ("--user", as_user, "on", f">{as_user}", "~*", "&*", "+@all", "--masterauth", as_user)
+        primary = stack.enter_context(valkey_server(*quick, password=as_user))
+        replica = stack.enter_context(
+            valkey_server("--replicaof", f"127.0.0.1 {primary.port}", *quick, password=as_user)
+        )
         sentinels = [stack.enter_context(valkey_server(start=False)) for _ in range(3)]
         for sentinel in sentinels:
-            _watch(sentinel, primary, replica, [other for other in sentinels if other is not sentinel])
+            _watch(sentinel, primary, replica, [other for other in sentinels if other is not sentinel], as_user)
         made = Watched([primary, replica], sentinels)
         made.wait_ready()
         yield made
 
 
-def _watch(sentinel: Server, primary: Server, replica: Server, others: list[Server]) -> None:
+def _watch(sentinel: Server, primary: Server, replica: Server, others: list[Server], as_user: str | None) -> None:
     """Start a sentinel that knows everybody from the start: finding each other takes them two seconds."""
     config = sentinel.folder / "sentinel.conf"
     lines = [
@@ -111,6 +119,7 @@ def _watch(sentinel: Server, primary: Server, replica: Server, others: list[Serv
         f"sentinel monitor {SERVICE} 127.0.0.1 {primary.port} 2",
         f"sentinel down-after-milliseconds {SERVICE} 500",
         f"sentinel failover-timeout {SERVICE} 2000",
+        *(f"sentinel auth-{what} {SERVICE} {as_user}" for what in ("user", "pass") if as_user is not None),
         f"sentinel known-replica {SERVICE} 127.0.0.1 {replica.port}",
         *(f"sentinel known-sentinel {SERVICE} 127.0.0.1 {other.port} {other.port:040x}" for other in others),
     ]

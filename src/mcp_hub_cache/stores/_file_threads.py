@@ -27,7 +27,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from contextlib import suppress
 from queue import Empty, SimpleQueue
@@ -41,6 +41,8 @@ T = TypeVar("T")
 _PATIENCE: Final = 0.005  # seconds without a result after which what waits gets another thread
 _IDLE: Final = 1.0  # seconds without a job after which a thread beyond the first ends
 _LAST: Final = 5.0  # seconds without a result after which ``aclose`` waits no longer
+_STRETCH: Final = 0.002  # seconds of work between two pauses
+_PAUSE: Final = 0.00005  # seconds asked for; with the kernel's own slack it becomes twice that
 _AT_EXIT: Final = 2.0  # seconds that the interpreter's end waits in all
 
 # What a job is: whom to tell the result or the error, for whom, what to do, with what.
@@ -327,6 +329,21 @@ class Aside(futures.Executor):
                 await asyncio.wait([asyncio.wrap_future(self._last)], timeout=_LAST)
         finally:
             self._crew.end()
+
+
+def unhurried(items: Iterable[T]) -> Iterator[T]:
+    """Yield *items* with pauses: for long work that can't be left off, such as what is done under a lock.
+
+    A thread that makes one system call after the other gives the interpreter's lock away with each, and takes it back
+    before the event loop has woken up, which so waits out the switch interval of 5 ms at each step. After a pause it
+    has it at once.
+    """
+    until = time.monotonic() + _STRETCH
+    for item in items:
+        yield item
+        if time.monotonic() >= until:
+            time.sleep(_PAUSE)
+            until = time.monotonic() + _STRETCH
 
 
 def _nothing() -> None:
