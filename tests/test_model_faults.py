@@ -140,6 +140,11 @@ class Process:
     def fired(self) -> int:
         return sum(mood.fired for mood in self.moods)
 
+    def is_unread(self) -> bool:
+        """Whether the standby could not be asked what the process before had still to tell: nothing is promised yet."""
+        pages = self.cache.store._keeper._pages if isinstance(self.cache.store, FailoverStore) else None
+        return pages is not None and pages.is_unread
+
 
 class Machine(RuleBasedStateMachine):
     """Does to caches what ledgers take down."""
@@ -217,7 +222,7 @@ class Machine(RuleBasedStateMachine):
     @staticmethod
     def is_healthy(process: Process) -> bool:
         store = process.cache.store
-        return not isinstance(store, FailoverStore) or not (store._health.away or len(store._journal))
+        return not isinstance(store, FailoverStore) or not store._keeper._is_needed()
 
     @staticmethod
     def is_written_down(process: Process) -> bool:
@@ -291,12 +296,13 @@ class Machine(RuleBasedStateMachine):
     @rule(at=processes, key=keys, many=st.booleans())
     def read(self, at: int, key: str, *, many: bool) -> None:
         process = self.processes[at]
-        asked, now, fired = self.step(), self.now(), self.mark(process)
+        asked, now, fired, unread = self.step(), self.now(), self.mark(process), process.is_unread()
         wanted = KEYS if many else (key,)
         found = self.run(process.cache.get_many(wanted)) if many else {key: self.run(process.cache.get(key, MISSING))}
         for each in wanted:
             got = found.get(each, MISSING)
-            self.look(process, each, got, asked, now)
+            if not (unread or process.is_unread()):
+                self.look(process, each, got, asked, now)
             self.expect(process, each, got, now, clean=process.fired() == fired)
 
     # Changing
@@ -381,7 +387,7 @@ class Machine(RuleBasedStateMachine):
                     await self._invalidate(changer, TAGS[0])
             return dict(value)
 
-        asked, now, fired = self.step(), self.now(), self.mark(process)
+        asked, now, fired, unread = self.step(), self.now(), self.mark(process), process.is_unread()
         got = self.run(process.cache.get_or_load(key, loader, ttl=ttl, stale_ttl=stale_ttl, tags=tagged))
         clean = process.fired() == fired
         assert calls <= 1
@@ -393,7 +399,8 @@ class Machine(RuleBasedStateMachine):
             for each in self.processes:
                 each.sure.pop(key, None)
             return
-        self.look(process, key, got, asked, now, stale_ttl)
+        if not (unread or process.is_unread()):
+            self.look(process, key, got, asked, now, stale_ttl)
         self.expect(process, key, got, now, clean=clean and not stale_ttl)
 
     # Time, faults, restarts

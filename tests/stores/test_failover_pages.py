@@ -199,6 +199,49 @@ async def test_a_standby_that_fails_at_the_start_keeps_nobody_waiting(
     assert "journal" in caplog.text
 
 
+async def test_pages_that_could_not_be_read_are_asked_for_until_they_can(
+    world: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    w = world()
+    await w.set(A, b"old")
+    await w.set(B, b"kept")
+    await w.go_down()
+    await w.store.delete_many([A])
+    await _end(w.store)
+    w.primary.repair()
+    _restart(w, probe_after=0.001, probe_max=0.004)
+    errors: list[Exception] = [
+        StoreUnreachableError("no."),
+        RuntimeError("a defect of it"),
+        StoreUnreachableError("no."),
+    ]
+    scan = w.files.scan
+
+    def broken(prefix: bytes) -> AsyncGenerator[list[tuple[bytes, bytes]], None]:
+        if errors:
+            raise errors.pop(0)
+        return scan(prefix)
+
+    monkeypatch.setattr(w.files, "scan", broken)
+    stamp = w.store.stamp(A)
+    assert await w.get(A) == b"old"  # who can't know has to believe
+    async with asyncio.timeout(10):
+        while await w.get(A) is not None:
+            await asyncio.sleep(0.001)
+    assert w.store.stamp(A) != stamp or stamp is None
+    await w.caught_up()
+    assert (errors, await w.on_server(A), await w.get(B)) == ([], None, b"kept")
+    assert caplog.text.count("unexpected error while reading the journal") == 1
+    assert not w.store._keeper._is_needed()
+    # It stays, since a standby that has failed may not take what its notes have become, and goes with the next process.
+    assert len(_pages(w)) == 1
+    await _end(w.store)
+    _restart(w)
+    assert await w.get(B) == b"kept"
+    await w.caught_up()
+    assert _pages(w) == []
+
+
 # Cut off, or in doubt
 
 

@@ -213,11 +213,17 @@ class Keeper:
 
     def watch(self) -> None:
         """See to it that the task runs if there is work for it."""
-        if not self.health.away and not len(self._journal):
+        if not self._is_needed():
             return
         session = self._sessions.get()
         if session.task is None or session.task.done():
             session.task = asyncio.get_running_loop().create_task(self._keep(session), name="mcp_hub_cache failover")
+
+    def _is_needed(self) -> bool:
+        return bool(self.health.away) or len(self._journal) > 0 or self._is_unread()
+
+    def _is_unread(self) -> bool:
+        return self._pages is not None and self._pages.is_unread
 
     def wake(self) -> None:
         """Probe, or replay, now: somebody else has found the primary alive."""
@@ -247,6 +253,17 @@ class Keeper:
             )
             self.wake()
         self.is_ready = True
+        self.watch()
+
+    async def _read_again(self) -> None:
+        assert self._pages is not None
+        try:
+            found = await self._pages.load()
+        except Exception:  # noqa: BLE001  # see the last rule
+            _log.exception("unexpected error while reading the journal")
+            return
+        if found:
+            self._begin_epoch()
 
     async def settle(self, keys: Collection[bytes]) -> None:
         """Delete in the primary those of *keys* that the journal covers, so that no replay touches what follows.
@@ -270,10 +287,11 @@ class Keeper:
         self._recent.add(wanted)
 
     async def _keep(self, session: _Session) -> None:
-        while self.health.away or len(self._journal):
+        while self._is_needed():
             pause = min((part.breaker.until_probe() for part in self.health.away.values()), default=math.inf)
             due = [part for part in self.health.away.values() if part.breaker.until_probe() <= pause]
-            if not self.health.all_away and self._has_work() and (wait := self._backoff.next()) < pause:
+            has_work = self._is_unread() or (not self.health.all_away and self._has_work())
+            if has_work and (wait := self._backoff.next()) < pause:
                 pause, due = wait, []
             try:
                 async with asyncio.timeout(pause):
@@ -287,6 +305,8 @@ class Keeper:
             for part in due:
                 if part.lane in self.health.away:
                     await self._probe(session, part)
+            if self._is_unread():
+                await self._read_again()
             if not self.health.all_away and self._has_work():
                 await self._catch_up(session)
 

@@ -11,7 +11,8 @@ Rules:
 - Removing a page that another process also has is right: all that it says has been done by then.
 - A page that can't be read may have said anything, so it counts as "clear everything".
 - Nobody waits for long for a standby that hangs.
-- A standby that takes no pages costs the promise and nothing else: what is noted still holds in this process.
+- A standby that takes no pages costs the promise and nothing else: what is noted still holds in this process. So does
+  one whose pages can't be read: the primary is believed meanwhile, and they are asked for again and again.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Pages:
         self._saving: asyncio.Future[None] | None = None
         self._pages: dict[bytes, list[Note]] = {}
         self.works = True
+        self.is_unread = False  # what others have left could not be read when it was asked for last
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -116,11 +118,13 @@ class Pages:
 
     async def load(self) -> int:
         """Note what other processes have written down; returns how many pages of theirs there were."""
+        self.is_unread = True
         try:
             keys, frames = await self._in_time(self._others())
         except StoreError as error:
             self._broken(error)
             return 0
+        self.is_unread = False
         for key, frame in zip(keys, frames, strict=True):
             if frame is not None:  # else somebody has seen to it meanwhile
                 self._take(key, frame)

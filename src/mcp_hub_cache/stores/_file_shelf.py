@@ -26,7 +26,6 @@ from .._exceptions import (
 )
 from .._frame import HEAD_SIZE, LONGEST_FRONT, FrameError, Kind, claim, peek, unpack_head
 from ._file_counters import Table
-from ._file_threads import unhurried
 
 # For all locks of one job; below the engine's own deadline, so that an outcome names the cause.
 LOCK_SECONDS: Final = 0.45
@@ -341,12 +340,12 @@ class Shelf:
             if _TEMP_NAME.fullmatch(name) and (facts := self._facts(name)) is not None and stat.S_ISREG(facts.st_mode):
                 os.unlink(name, dir_fd=self._fd)
         total, over = 0, []
-        for seen in unhurried(self.look()):
+        for seen in self.look():
             if seen.until <= now and self._is_over(seen, now):
                 over.append((seen.name, seen.charge))
             else:
                 total += seen.charge
-        for name, charge in unhurried(over):
+        for name, charge in over:
             self.drop_seen(name, charge)
         self._table.set_usage(self._number, total)
         self._table.mend(self._number)

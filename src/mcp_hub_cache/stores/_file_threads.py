@@ -27,7 +27,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent import futures
 from contextlib import suppress
 from queue import Empty, SimpleQueue
@@ -41,8 +41,6 @@ T = TypeVar("T")
 _PATIENCE: Final = 0.005  # seconds without a result after which what waits gets another thread
 _IDLE: Final = 1.0  # seconds without a job after which a thread beyond the first ends
 _LAST: Final = 5.0  # seconds without a result after which ``aclose`` waits no longer
-_STRETCH: Final = 0.002  # seconds of work between two pauses
-_PAUSE: Final = 0.00005  # seconds asked for; with the kernel's own slack it becomes twice that
 _AT_EXIT: Final = 2.0  # seconds that the interpreter's end waits in all
 
 # What a job is: whom to tell the result or the error, for whom, what to do, with what.
@@ -59,10 +57,15 @@ class _Serving:
 
     def __init__(self) -> None:
         self.is_over = False
+        self._ended = threading.Event()
         self._jobs: dict[threading.Thread, SimpleQueue[_Job | None]] = {}
         atexit.register(self._end)
         if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
-            os.register_at_fork(after_in_child=self._jobs.clear)
+            os.register_at_fork(after_in_child=self._forked)
+
+    def _forked(self) -> None:
+        self._jobs.clear()
+        self._ended = threading.Event()  # somebody may have been at its lock
 
     def begins(self, thread: threading.Thread, jobs: SimpleQueue[_Job | None]) -> bool:
         """Start a thread that serves *jobs*; false where the program ends.
@@ -82,14 +85,16 @@ class _Serving:
     def ends(self, thread: threading.Thread) -> None:
         """To be called as the last by each thread."""
         self._jobs.pop(thread, None)
+        if self.is_over:
+            self._ended.set()
 
     def _end(self) -> None:
         self.is_over = True
         until = time.monotonic() + _AT_EXIT
         for jobs in tuple(self._jobs.values()):
             jobs.put(None)
-        while self._jobs and time.monotonic() < until:
-            time.sleep(0.0005)
+        while self._jobs and self._ended.wait(max(0.0, until - time.monotonic())):
+            self._ended.clear()  # before the next look: who ends after that says so again
 
 
 _serving: Final = _Serving()
@@ -329,21 +334,6 @@ class Aside(futures.Executor):
                 await asyncio.wait([asyncio.wrap_future(self._last)], timeout=_LAST)
         finally:
             self._crew.end()
-
-
-def unhurried(items: Iterable[T]) -> Iterator[T]:
-    """Yield *items* with pauses: for long work that can't be left off, such as what is done under a lock.
-
-    A thread that makes one system call after the other gives the interpreter's lock away with each, and takes it back
-    before the event loop has woken up, which so waits out the switch interval of 5 ms at each step. After a pause it
-    has it at once.
-    """
-    until = time.monotonic() + _STRETCH
-    for item in items:
-        yield item
-        if time.monotonic() >= until:
-            time.sleep(_PAUSE)
-            until = time.monotonic() + _STRETCH
 
 
 def _nothing() -> None:

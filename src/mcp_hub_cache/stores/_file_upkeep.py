@@ -27,7 +27,6 @@ from .._frame import HEAD_SIZE, FrameError, Kind, is_live, key_of, unpack_head
 from ._file_folder import Folder
 from ._file_places import Place
 from ._file_shelf import LOCK_SECONDS, UNDER_WAY, Shelf, is_live_entry, look, store_error
-from ._file_threads import unhurried
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]
@@ -99,7 +98,7 @@ def clear(folder: Folder, prefix: bytes) -> Steps[tuple[int, StoreError | None]]
         try:
             with folder.lock(space, shelf, _soon(LOCK_SECONDS), make=False) as held:
                 # All are seen before the first goes.
-                for name, charge in unhurried([(seen.name, seen.charge) for seen in unhurried(held.look())]):
+                for name, charge in [(seen.name, seen.charge) for seen in held.look()]:
                     total += _clear_one(held, name, charge, prefix, whole=whole, now=now)
         except FileNotFoundError:
             continue
