@@ -136,6 +136,7 @@ class Process:
     moods: list[Mood]
     ledger: Ledger
     sure: dict[str, tuple[Any, float, frozenset[str]]] = field(default_factory=dict)  # value, end, tags
+    lacks_marks: bool = False  # and has not found out: they went behind its back
 
     def fired(self) -> int:
         return sum(mood.fired for mood in self.moods)
@@ -318,8 +319,11 @@ class Machine(RuleBasedStateMachine):
                 self.unsure()
             return
         self.changed(process, [Name(self.kind, "default", "", key)], value["at"], clean=clean)
-        if clean:
+        if clean and not (tagged and process.lacks_marks):
             self.surely(process, [key], value, value["made"] + ttl, tagged)
+        elif clean:
+            self.unsure()
+        process.lacks_marks &= not (clean and tagged)
 
     @rule(at=processes, key=keys)
     def delete(self, at: int, key: str) -> None:
@@ -506,6 +510,8 @@ class Files(Machine):
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(exist_ok=True)
         self.unsure()
+        for process in self.processes:
+            process.lacks_marks = True
 
 
 class Tiered(Files):
