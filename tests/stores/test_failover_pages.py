@@ -242,6 +242,25 @@ async def test_pages_that_could_not_be_read_are_asked_for_until_they_can(
     assert _pages(w) == []
 
 
+async def test_closing_ends_the_reading_whatever_it_is_at(world: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``asyncio.wait_for`` loses a cancellation that meets its end on 3.11: it was asked for without end."""
+
+    async def broken(_: bytes) -> AsyncGenerator[list[tuple[bytes, bytes]], None]:
+        await asyncio.sleep(0)
+        raise StoreUnreachableError("there is no disk.")
+        yield []
+
+    for turns in range(40):
+        w = world()
+        monkeypatch.setattr(w.files, "scan", broken)
+        _restart(w, probe_after=1e-9, probe_max=1e-9)
+        assert await w.get(A) is None
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            await w.store.aclose()
+
+
 # Cut off, or in doubt
 
 

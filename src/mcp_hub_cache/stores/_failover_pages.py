@@ -140,7 +140,8 @@ class Pages:
     @staticmethod
     async def _in_time(work: Awaitable[T]) -> T:
         try:
-            return await asyncio.wait_for(work, _PATIENCE)
+            async with asyncio.timeout(_PATIENCE):  # ``wait_for`` may lose a cancellation (3.11)
+                return await work
         except TimeoutError:
             raise StoreTimeoutError(f"the standby did not answer within {_PATIENCE:g} s.") from None
 
