@@ -141,10 +141,15 @@ class Process:
     def fired(self) -> int:
         return sum(mood.fired for mood in self.moods)
 
-    def is_unread(self) -> bool:
-        """Whether the standby could not be asked what the process before had still to tell: nothing is promised yet."""
-        pages = self.cache.store._keeper._pages if isinstance(self.cache.store, FailoverStore) else None
-        return pages is not None and pages.is_unread
+    def knows(self) -> tuple[bool, int]:
+        """Whether it has been told what the process before had still to tell, and how often its standby has failed.
+
+        Where it could not be told, nothing is promised of what it reads until it has been, be that in the same call.
+        """
+        if not isinstance(self.cache.store, FailoverStore):
+            return True, 0
+        pages = self.cache.store._keeper._pages
+        return pages is None or not pages.is_unread, self.moods[-1].fired
 
 
 class Machine(RuleBasedStateMachine):
@@ -297,12 +302,12 @@ class Machine(RuleBasedStateMachine):
     @rule(at=processes, key=keys, many=st.booleans())
     def read(self, at: int, key: str, *, many: bool) -> None:
         process = self.processes[at]
-        asked, now, fired, unread = self.step(), self.now(), self.mark(process), process.is_unread()
+        asked, now, fired, knew = self.step(), self.now(), self.mark(process), process.knows()
         wanted = KEYS if many else (key,)
         found = self.run(process.cache.get_many(wanted)) if many else {key: self.run(process.cache.get(key, MISSING))}
         for each in wanted:
             got = found.get(each, MISSING)
-            if not (unread or process.is_unread()):
+            if process.knows() == knew and knew[0]:
                 self.look(process, each, got, asked, now)
             self.expect(process, each, got, now, clean=process.fired() == fired)
 
@@ -391,7 +396,7 @@ class Machine(RuleBasedStateMachine):
                     await self._invalidate(changer, TAGS[0])
             return dict(value)
 
-        asked, now, fired, unread = self.step(), self.now(), self.mark(process), process.is_unread()
+        asked, now, fired, knew = self.step(), self.now(), self.mark(process), process.knows()
         got = self.run(process.cache.get_or_load(key, loader, ttl=ttl, stale_ttl=stale_ttl, tags=tagged))
         clean = process.fired() == fired
         assert calls <= 1
@@ -403,7 +408,7 @@ class Machine(RuleBasedStateMachine):
             for each in self.processes:
                 each.sure.pop(key, None)
             return
-        if not (unread or process.is_unread()):
+        if process.knows() == knew and knew[0]:
             self.look(process, key, got, asked, now, stale_ttl)
         self.expect(process, key, got, now, clean=clean and not stale_ttl)
 
