@@ -137,7 +137,10 @@ async def test_aclose_gives_up_what_hangs(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_loop_that_is_closed_meanwhile_ends_no_thread_by_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     errors: list[object] = []
-    monkeypatch.setattr(threading, "excepthook", errors.append)
+    hook = threading.excepthook
+    monkeypatch.setattr(
+        threading, "excepthook", lambda told: (errors.append if told.thread in alive("t-closed") else hook)(told)
+    )
     go_on, done = threading.Event(), threading.Event()
 
     async def begin() -> Threads:
