@@ -40,14 +40,19 @@ async def _end(store: FailoverStore) -> None:
     await store._keeper._sessions.aclose()
 
 
-async def test_a_delete_made_while_the_primary_was_away_survives_the_process(world: Make) -> None:
-    w = world()
+async def _delete_and_end(w: World) -> None:
+    """Delete A, and leave B, while the primary is away, and end without a word; then the primary is there again."""
     await w.set(A, b"old")
     await w.set(B, b"kept")
     await w.go_down()
     await w.store.delete_many([A])
     await _end(w.store)
     w.primary.repair()
+
+
+async def test_a_delete_made_while_the_primary_was_away_survives_the_process(world: Make) -> None:
+    w = world()
+    await _delete_and_end(w)
     _restart(w)
     assert await w.get(A) is None  # the very first read
     assert await w.get(B) == b"kept"
@@ -203,12 +208,7 @@ async def test_pages_that_could_not_be_read_are_asked_for_until_they_can(
     world: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     w = world()
-    await w.set(A, b"old")
-    await w.set(B, b"kept")
-    await w.go_down()
-    await w.store.delete_many([A])
-    await _end(w.store)
-    w.primary.repair()
+    await _delete_and_end(w)
     _restart(w, probe_after=0.001, probe_max=0.004)
     errors: list[Exception] = [
         StoreUnreachableError("no."),
