@@ -60,10 +60,12 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
     if violation is None:
         yield "every promise held"
         return
+    # The end is what is left of a long log.
+    yield "what was done to it"
+    for line in violation.get("history", ()):
+        yield f"    {line}"
     yield "VIOLATION: " + violation["violation"]
     for what in ("process", "faults", "name", "value"):
         if violation.get(what):
             yield f"  {what}: {str(violation[what])[:600]}"
-    for line in violation.get("history", ()):
-        yield f"    {line}"
     yield f"  again: nox -s soak -- --seed {report['seed']} --minutes {report['minutes']:g}"

@@ -81,7 +81,7 @@ async def test_a_set_that_failed_hides_what_it_was_to_replace(world: Make, error
     assert await w.get(A) is None
     assert await w.set(A, b"newer") == "done"
     assert await w.get(A) == b"newer"
-    await w.store._keeper._replay(w.store._keeper._sessions.get(), lambda _: True)
+    await w.store._keeper._tell(w.store._keeper._sessions.get(), lambda _: True, everything=True)
     assert await w.on_server(A) == b"newer"
 
 
@@ -289,7 +289,7 @@ async def test_replays_wait_for_one_another(world: Make) -> None:
     w.primary.repair()
     session = w.store._keeper._sessions.get()
     w.primary.hang.clear()
-    replay = asyncio.ensure_future(w.store._keeper._replay(session, lambda _: True))
+    replay = asyncio.ensure_future(w.store._keeper._tell(session, lambda _: True, everything=True))
     await asyncio.sleep(0)
     write = asyncio.ensure_future(w.set(A, b"new"))
     await asyncio.sleep(0)

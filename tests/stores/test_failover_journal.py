@@ -19,10 +19,10 @@ def test_covers_what_was_noted_and_nothing_else() -> None:
     journal = Journal(P, 10)
     a, b, c = _keys("a", "b", "ns:c")
     assert not len(journal)
-    assert journal.among([a, b, c]) == frozenset()
+    assert journal.doubts([a, b, c]).covered == frozenset()
     journal.add([a])
     journal.add_prefix(P + b"ns:")
-    assert journal.among([a, b, c]) == {a, c}
+    assert journal.doubts([a, b, c]).covered == {a, c}
     assert len(journal) == 2
 
 
@@ -33,7 +33,7 @@ def test_a_key_noted_again_outlives_the_replay_of_its_first_note() -> None:
     seen = journal.oldest(10, any_key)
     journal.add([a])
     journal.forget(seen)
-    assert journal.among([a, b]) == {a}
+    assert journal.doubts([a, b]).covered == {a}
     journal.forget(journal.serials([a, b]))
     assert not len(journal)
 

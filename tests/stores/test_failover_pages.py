@@ -1,4 +1,4 @@
-"""The journal that survives its process, and the deletes that a server's successor may not have."""
+"""The journal that survives its process."""
 
 from __future__ import annotations
 
@@ -399,52 +399,3 @@ async def test_a_caller_at_the_first_contact_hears_that_the_store_is_closed(
     await w.store.aclose()
     with pytest.raises(StoreUnreachableError):
         await caller
-
-
-# A server that takes the place of another
-
-
-async def test_deletes_of_the_last_minute_are_made_again_on_another_server(world: Make) -> None:
-    w = world(recent=60.0)
-    w.store._keeper.stopwatch  # noqa: B018  # what belongs to this loop
-    await w.set(A, b"1")
-    frame = w.server._entries[A]
-    await w.set(B, b"1")
-    await w.store.delete_many([B])
-    w.clock.advance(61)
-    await w.store.delete_many([A])
-    w.server._entries[A] = w.server._entries[B] = frame  # a replica that had not heard of the deletes is promoted
-    w.store._keeper.replaced()
-    assert await w.get(A) is None
-    await w.caught_up()
-    assert A not in w.server._entries
-    assert B in w.server._entries  # older than that
-
-
-async def test_so_are_clears(world: Make) -> None:
-    w = world()
-    await w.set(A, b"1")
-    (frame,) = await w.server.get_many([A])
-    assert frame is not None
-    await w.store.clear(b"mcp_hub:t:")
-    await w.server.write_many([Write(A, frame, None, None)])
-    w.store._keeper.replaced()
-    assert await w.get(A) is None
-    await w.caught_up()
-    assert A not in w.server._entries
-
-
-async def test_what_is_remembered_is_bounded(world: Make) -> None:
-    w = world(max_journal=3)
-    await w.store.delete_many([b"mcp_hub:t:e:%d" % number for number in range(3)])
-    await w.store.delete_many([A])
-    assert w.store._keeper._recent.take() == ([A], [])
-
-
-async def test_the_primary_is_asked_to_say_that_it_is_another_one() -> None:
-    class Told(MemoryStore):
-        on_replaced = None
-
-    primary = Told()
-    store = FailoverStore(primary, None)
-    assert primary.on_replaced == store._keeper.replaced

@@ -1,25 +1,29 @@
 """What a primary has still to be told: deletes that failed, that are in doubt, or that were made while it was away.
 
 A bounded set of keys, oldest first, and of prefixes. A ``set`` that failed is in it as a delete too: what matters is
-that the old value is never seen again.
+that the old value is never seen again. Beside them, keys to be checked: what was set on a server whose place another
+has taken is there still, or something older is, which must go.
 
 Rules:
-- What is in here reads as a miss from the primary, until it has been replayed.
+- What is in here reads as a miss from the primary, until it has been replayed. So does what is to be checked, if it
+  does not pass.
 - Each note carries a serial number. A replay forgets what it has seen to under the number that it saw, so that a key
   noted again while its delete was on the way stays.
 - More keys than fit become one note: "clear everything". That is always right, and only costs misses.
 - All synchronous, in memory. What is noted here is written down in the standby as well (``_failover_pages``), which
-  goes by the serial numbers.
+  goes by the serial numbers. Checks are not: what they go by is known to this process alone.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import count, islice, takewhile
 from typing import Final, NamedTuple
 
-_NOTHING: Final[frozenset[bytes]] = frozenset()
+from .._frame import TOKEN, peek
+
 _MAX_PREFIXES: Final = 256
 
 
@@ -37,6 +41,41 @@ class Note(NamedTuple):
     is_prefix: bool
 
 
+def is_older(there: bytes | None, head: bytes | None) -> bool:
+    """Whether the frame that begins with *there* is from before the one that was written with *head*."""
+    # A new head over the same payload has the token still.
+    if there is None or head is None or there[TOKEN] == head[TOKEN]:
+        return False
+    one, other = peek(there), peek(head)
+    return one is None or other is None or one.created <= other.created
+
+
+@dataclass(frozen=True, slots=True)
+class Doubts:
+    """What a journal has noted of some keys.
+
+    Attributes:
+        covered: Those that must go.
+        heads: Those that are to be checked, with the heads of what may stay.
+    """
+
+    covered: frozenset[bytes] = frozenset()
+    heads: Mapping[bytes, bytes] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.covered or self.heads)
+
+    def __or__(self, later: Doubts) -> Doubts:
+        return Doubts(self.covered | later.covered, {**self.heads, **later.heads})
+
+    def concern(self, key: bytes, frame: bytes | None) -> bool:
+        """Whether *frame*, which the primary has under *key*, must not be believed."""
+        return key in self.covered or is_older(frame, self.heads.get(key))
+
+
+_NO_DOUBTS: Final = Doubts()
+
+
 class Journal:
     """Deletes and clears that a primary has still to see.
 
@@ -48,7 +87,7 @@ class Journal:
         last: The highest serial number given so far.
     """
 
-    __slots__ = ("_keys", "_max_keys", "_prefix", "_prefixes", "_roots", "_serial", "last")
+    __slots__ = ("_checks", "_keys", "_max_keys", "_prefix", "_prefixes", "_roots", "_serial", "last")
 
     def __init__(self, prefix: bytes, max_keys: int) -> None:
         if max_keys < 1:
@@ -56,17 +95,19 @@ class Journal:
         self._prefix = prefix
         self._max_keys = max_keys
         self._keys: dict[bytes, int] = {}
+        self._checks: dict[bytes, bytes] = {}  # the head of what may stay
         self._prefixes: dict[bytes, int] = {}
         self._roots: tuple[bytes, ...] = ()
         self._serial = count(1).__next__
         self.last = 0
 
     def __len__(self) -> int:
-        return len(self._keys) + len(self._prefixes)
+        return len(self._keys) + len(self._prefixes) + len(self._checks)
 
     def add(self, keys: Iterable[bytes]) -> None:
         """Note that each of *keys* must go."""
         for key in keys:
+            self._checks.pop(key, None)
             self._keys.pop(key, None)  # to the end: the oldest are replayed first
             self._keys[key] = self.last = self._serial()
         if len(self._keys) > self._max_keys:
@@ -75,21 +116,29 @@ class Journal:
     def add_prefix(self, prefix: bytes) -> None:
         """Note that everything under *prefix* must go."""
         self._keys = {key: serial for key, serial in self._keys.items() if not key.startswith(prefix)}
+        self._checks = {key: head for key, head in self._checks.items() if not key.startswith(prefix)}
         self._prefixes = {root: serial for root, serial in self._prefixes.items() if not root.startswith(prefix)}
         self._prefixes[prefix] = self.last = self._serial()
         self._roots = tuple(self._prefixes)
         if len(self._roots) > _MAX_PREFIXES and prefix != self._prefix:
             self.add_prefix(self._prefix)
 
+    def check(self, heads: Mapping[bytes, bytes]) -> None:
+        """Note that each key of *heads* must go, if what stands there is older than what has that head."""
+        self._checks |= {key: head for key, head in heads.items() if not self.covers(key)}
+        for key in list(islice(self._checks, max(len(self._checks) - self._max_keys, 0))):
+            del self._checks[key]
+
     def covers(self, key: bytes) -> bool:
         """Whether what the primary has under *key* must not be trusted."""
         return key in self._keys or key.startswith(self._roots)
 
-    def among(self, keys: Iterable[bytes]) -> frozenset[bytes]:
-        """Return those of *keys* that are covered."""
-        if not self._keys and not self._roots:
-            return _NOTHING
-        return frozenset(key for key in keys if self.covers(key))
+    def doubts(self, keys: Collection[bytes]) -> Doubts:
+        """Return what is noted of *keys*."""
+        if not len(self):
+            return _NO_DOUBTS
+        covered = frozenset(key for key in keys if self.covers(key))
+        return Doubts(covered, {key: self._checks[key] for key in keys if key in self._checks})
 
     def after(self, serial: int) -> list[Note]:
         """Return the notes that were made after the one of that number, and still stand; in their order."""
@@ -112,6 +161,22 @@ class Journal:
         """Return those of *keys* that are noted one by one, with their serials."""
         return {key: self._keys[key] for key in keys if key in self._keys}
 
+    def unchecked(self, number: int, among: Callable[[bytes], bool]) -> dict[bytes, bytes]:
+        """Return up to *number* keys to be checked of which *among* is true, with the heads of what may stay."""
+        return dict(islice((item for item in self._checks.items() if among(item[0])), number))
+
+    def checked(self, heads: Mapping[bytes, bytes]) -> None:
+        """Strike out the keys that have been checked by these *heads*."""
+        for key, head in heads.items():
+            if self._checks.get(key) == head:
+                del self._checks[key]
+
+    def deleted(self, keys: Iterable[bytes]) -> None:
+        """Whatever stood under *keys* is gone: there is nothing left to check."""
+        if self._checks:
+            for key in keys:
+                self._checks.pop(key, None)
+
     def prefixes(self) -> dict[bytes, int]:
         """Return the prefixes with their serials."""
         return dict(self._prefixes)
@@ -130,40 +195,60 @@ class Journal:
 
 
 class Recent:
-    """The deletes and clears that a primary has confirmed lately: another that takes its place may not have them.
+    """What a primary has confirmed lately: another that takes its place may lack it, and still have what was before.
 
     Args:
-        seconds: For how long they are remembered.
-        max_keys: How many at most; the oldest are forgotten first.
+        seconds: For how long it is remembered.
+        max_keys: How many keys at most; those changed longest ago are forgotten first. As many prefixes as a journal
+            holds.
         clock: Seconds.
     """
 
-    __slots__ = ("_clock", "_made", "_max_keys", "_seconds", "_size")
+    __slots__ = ("_clock", "_keys", "_max_keys", "_prefixes", "_seconds")
 
     def __init__(self, seconds: float, max_keys: int, clock: Callable[[], float]) -> None:
         self._seconds = seconds
         self._max_keys = max_keys
         self._clock = clock
-        self._made: deque[tuple[float, tuple[bytes, ...], bool]] = deque()
-        self._size = 0
+        # By name, in the order of the last change: when that was, and the head of what stands there since.
+        self._keys: OrderedDict[bytes, tuple[float, bytes | None]] = OrderedDict()
+        self._prefixes: OrderedDict[bytes, tuple[float, None]] = OrderedDict()
 
-    def add(self, names: Iterable[bytes], *, are_prefixes: bool = False) -> None:
-        """Remember deletes of keys, or clears of prefixes."""
-        made = tuple(names)
-        self._made.append((self._clock(), made, are_prefixes))
-        self._size += len(made)
-        self._prune()
+    def set(self, heads: Mapping[bytes, bytes]) -> None:
+        """What has that head was set under each key of *heads*."""
+        now = self._clock()
+        for key, head in heads.items():
+            self._keys[key] = now, head
+            self._keys.move_to_end(key)
+        self._prune(now)
 
-    def _prune(self) -> None:
-        since = self._clock() - self._seconds
-        while self._made and (self._size > self._max_keys or self._made[0][0] < since):
-            self._size -= len(self._made.popleft()[1])
+    def deleted(self, keys: Iterable[bytes]) -> None:
+        """Each of *keys* was deleted."""
+        now = self._clock()
+        for key in keys:
+            self._keys[key] = now, None
+            self._keys.move_to_end(key)
+        self._prune(now)
 
-    def take(self) -> tuple[list[bytes], list[bytes]]:
-        """Return the keys and the prefixes, and forget them."""
-        self._prune()
-        keys = [name for _, names, are_prefixes in self._made if not are_prefixes for name in names]
-        prefixes = [name for _, names, are_prefixes in self._made if are_prefixes for name in names]
-        self._made.clear()
-        self._size = 0
-        return keys, prefixes
+    def cleared(self, prefix: bytes) -> None:
+        """Everything under *prefix* was deleted."""
+        now = self._clock()
+        self._prefixes[prefix] = now, None
+        self._prefixes.move_to_end(prefix)
+        self._prune(now)
+
+    def _prune(self, now: float) -> None:
+        since = now - self._seconds
+        for changes, most in ((self._keys, self._max_keys), (self._prefixes, _MAX_PREFIXES)):
+            while changes and (len(changes) > most or next(iter(changes.values()))[0] < since):
+                changes.popitem(last=False)
+
+    def take(self) -> tuple[list[bytes], dict[bytes, bytes], list[bytes]]:
+        """Return what was deleted, what was set, and the prefixes that were cleared; and forget it."""
+        self._prune(self._clock())
+        deleted = [key for key, (_, head) in self._keys.items() if head is None]
+        heads = {key: head for key, (_, head) in self._keys.items() if head is not None}
+        prefixes = list(self._prefixes)
+        self._keys.clear()
+        self._prefixes.clear()
+        return deleted, heads, prefixes

@@ -2,15 +2,13 @@
 
 Strategy: calls report how they ended; what follows from that is decided in ``_failover_health``. All state is
 synchronous and bound to no loop. One task per loop runs while there is something to do, and only then: it probes what
-is away, and replays what is left in the journal for what is there.
+is away, and has what is left in the journal replayed (``_failover_replay``) for what is there.
 
 Rules:
 - A probe pings, reads what neighbours have left in the journal, replays what concerns that part, has the standby's
   leftovers dropped if no other part is away, and closes the breaker, in this order.
 - A primary that answers pings but takes no deletes now (read-only, busy) is back all the same: the journal covers what
   it missed. The whole of it is cleared, where that is noted, when all of it is there.
-- Deletes are replayed under a lock, in batches that are put together when it is held. So none is ever on its way for a
-  key that somebody else has settled and written since.
 - Whatever a store raises in a probe, the probe has failed and the next one comes.
 """
 
@@ -20,7 +18,6 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
-from typing import Final
 
 from .._exceptions import StoreError, StorePermissionError, StoreTimeoutError, StoreUnreachableError
 from .._lifetime import PerLoop
@@ -29,12 +26,11 @@ from ._failover_breaker import Backoff
 from ._failover_health import Health, Part, refuses
 from ._failover_journal import Journal, Recent
 from ._failover_pages import Pages
+from ._failover_replay import Replay
 from ._failover_standby import Standby
 from ._failover_stopwatch import Stopwatch
 
 _log = logging.getLogger("mcp_hub_cache")
-
-_BATCH: Final = 256  # deletes replayed in one call
 
 
 class _Session:
@@ -63,7 +59,7 @@ class Keeper:
         backoff: Of replays to what is there.
         journal: What the primary has still to be told.
         pages: The same, written down; None: nowhere.
-        recent: What it was told lately.
+        recent: What it has confirmed lately.
         slow_after: Seconds from which on a small round trip is as good as failed.
 
     Attributes:
@@ -94,7 +90,7 @@ class Keeper:
         self._backoff = backoff
         self._journal = journal
         self._pages = pages
-        self._recent = recent
+        self._replay = Replay(primary, journal, recent)
         self._sessions = PerLoop(
             _Session,
             owner=f"the failover of the {primary.name} store",
@@ -179,33 +175,42 @@ class Keeper:
         if self._pages is not None and self._pages.is_behind:
             await self._pages.save()
 
-    def changed(self, keys: Iterable[bytes]) -> None:
-        """The primary has taken a change of *keys*. Some of them may be of another part by that, which is away."""
+    def stored(self, keys: Iterable[bytes]) -> None:
+        """The primary holds something new under *keys*. Some may be of another part by that, which is away."""
         if self._standby is not None and self.health.away:
             self._standby.distrust(keys)
 
-    def deleted(self, keys: Iterable[bytes]) -> None:
+    def set(self, heads: Mapping[bytes, bytes]) -> None:
+        """The primary has confirmed that it has set the keys of *heads*, each to what has that head."""
+        self._replay.recent.set(heads)
+        self.stored(heads)
+
+    def deleted(self, keys: Collection[bytes]) -> None:
         """The primary has confirmed that it has deleted *keys*."""
-        self._recent.add(keys)
-        self.changed(keys)
+        self._replay.recent.deleted(keys)
+        self._journal.deleted(keys)
+        self.stored(keys)
 
     def cleared(self, prefix: bytes) -> None:
-        """The primary has confirmed that it has cleared *prefix*."""
-        self._recent.add((prefix,), are_prefixes=True)
+        """The primary clears *prefix*. To be said before, since another may take its place half-way, and after."""
+        self._replay.recent.cleared(prefix)
 
     def replaced(self) -> None:
         """The primary is another server than before: what the last one confirmed it may never have heard of."""
-        keys, prefixes = self._recent.take()
-        if not (keys or prefixes):
+        keys, heads, prefixes = self._replay.recent.take()
+        if not (keys or heads or prefixes):
             return
         _log.info(
-            "%s is another server than before: what was deleted lately is deleted again (%d keys)",
+            "%s is another server than before: what was deleted lately is deleted again (%d keys), what was set is "
+            "looked at (%d)",
             self._primary.name.capitalize(),
             len(keys),
+            len(heads),
         )
         self.note(keys)
         for prefix in prefixes:
             self.note_prefix(prefix)
+        self._journal.check(heads)
         self._begin_epoch()
         self.wake()
 
@@ -266,25 +271,18 @@ class Keeper:
             self._begin_epoch()
 
     async def settle(self, keys: Collection[bytes]) -> None:
-        """Delete in the primary those of *keys* that the journal covers, so that no replay touches what follows.
+        """See to what is noted of *keys*, so that no replay touches what follows.
 
         Raises:
-            StoreError: They could not be deleted, or a part of theirs has gone away.
+            StoreError: The primary could not be told, or a part of theirs has gone away.
         """
         async with self._sessions.get().lock:
-            covered, serials = self._journal.among(keys), self._journal.serials(keys)
-            for lane in {self._primary.lane(key) for key in covered}:
+            doubts = self._journal.doubts(keys)
+            for lane in {self._primary.lane(key) for key in (*doubts.covered, *doubts.heads)}:
                 if lane in self.health.away:
                     raise self.health.problem(lane)
                 await self._ping(lane)
-            if covered:
-                await self._delete(serials, covered)
-
-    async def _delete(self, serials: Mapping[bytes, int], keys: Iterable[bytes] = ()) -> None:
-        wanted = list({**serials, **dict.fromkeys(keys)})
-        await self._primary.delete_many(wanted)
-        self._journal.forget(serials)
-        self._recent.add(wanted)
+            await self._replay.settle(doubts)
 
     async def _keep(self, session: _Session) -> None:
         while self._is_needed():
@@ -315,15 +313,18 @@ class Keeper:
 
     def _has_work(self) -> bool:
         """Whether the journal holds something for the parts that are there."""
-        return bool(self._journal.oldest(1, self._is_there)) or (
-            not self.health.away and bool(self._journal.prefixes())
-        )
+        return self._replay.has_work(self._is_there, everything=not self.health.away)
+
+    async def _tell(self, session: _Session, among: Callable[[bytes], bool], *, everything: bool) -> None:
+        await self._replay.run(session.lock, among, everything=everything)
+        if self._pages is not None:
+            await self._pages.prune()
 
     async def _catch_up(self, session: _Session) -> None:
         lane = self.health.a_lane()
         try:
             await self._ping(lane)
-            await self._replay(session, self._is_there, everything=not self.health.away)
+            await self._tell(session, self._is_there, everything=not self.health.away)
         except StoreError as error:
             self.failed("replay", error, lane)
         except Exception:  # noqa: BLE001  # see the last rule
@@ -341,7 +342,7 @@ class Keeper:
                 await self._pages.load()
             notes, alone = len(self._journal), len(self.health.away) == 1
             try:
-                await self._replay(
+                await self._tell(
                     session, lambda key: self._is_there(key) or self._primary.lane(key) == lane, everything=alone
                 )
             except StoreError as error:
@@ -389,18 +390,6 @@ class Keeper:
             took = session.stopwatch.stop(started)
         if took > self.slow_after:
             raise self._slowness(took)
-
-    async def _replay(self, session: _Session, among: Callable[[bytes], bool], *, everything: bool = True) -> None:
-        for prefix, serial in self._journal.prefixes().items() if everything else ():
-            await self._primary.clear(prefix)
-            self._journal.forget_prefix(prefix, serial)
-        for _ in range(len(self._journal) // _BATCH + 1):  # what comes meanwhile is for the next time
-            async with session.lock:
-                batch = self._journal.oldest(_BATCH, among)
-                if batch:
-                    await self._delete(batch)
-        if self._pages is not None:
-            await self._pages.prune()
 
     async def aclose(self) -> None:
         """End the running loop's tasks, with what was noted written down."""

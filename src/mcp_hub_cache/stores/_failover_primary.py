@@ -18,8 +18,9 @@ from contextlib import aclosing
 from typing import Final, TypeVar, cast
 
 from .._exceptions import StoreError, StoreProtocolError
+from .._frame import HEAD_SIZE
 from .._protocols import Begun, Fence, Held, Leases, Outcome, Patch, Store, Used, Write
-from ._failover_journal import Journal
+from ._failover_journal import Doubts, Journal
 from ._failover_keeper import Keeper
 
 T = TypeVar("T")
@@ -27,7 +28,6 @@ W = TypeVar("W", bound=Write | Patch)
 F = TypeVar("F", bound=Write | Patch | Held)
 Frames = list[bytes | None]
 
-_NONE: Final[frozenset[bytes]] = frozenset()
 _SMALL: Final = 64 * 1024  # bytes up to which a round trip is none that may take its time
 
 
@@ -58,11 +58,10 @@ class Primary:
         self._keeper = keeper
         self._journal = journal
 
-    def _covered(self, keys: Sequence[bytes]) -> frozenset[bytes]:
-        if not len(self._journal):
-            return _NONE
-        self._keeper.watch()
-        return self._journal.among(keys)
+    def _doubts(self, keys: Sequence[bytes]) -> Doubts:
+        if len(self._journal):
+            self._keeper.watch()
+        return self._journal.doubts(keys)
 
     def _lane(self, keys: Sequence[bytes]) -> Hashable:
         return self.store.lane(keys[0]) if keys else None
@@ -103,20 +102,20 @@ class Primary:
 
     async def read(self, name: str, asked: Awaitable[Frames], keys: Sequence[bytes]) -> Frames:
         """Await what was *asked* just now, and take out what must not be believed."""
-        covered = self._covered(keys)
+        doubts = self._doubts(keys)
         frames = await self._told(name, asked, self._lane(keys))
-        covered |= self._covered(keys)
-        if not covered:
+        doubts |= self._doubts(keys)
+        if not doubts:
             return frames
-        return [None if key in covered else frame for key, frame in zip(keys, frames, strict=True)]
+        return [None if doubts.concern(key, frame) else frame for key, frame in zip(keys, frames, strict=True)]
 
     async def scan(self, prefix: bytes) -> AsyncGenerator[list[tuple[bytes, bytes]], None]:
         """See ``Store``."""
         try:
             async with aclosing(self.store.scan(prefix)) as pages:
                 async for page in pages:
-                    covered = self._covered([key for key, _ in page])
-                    yield [item for item in page if item[0] not in covered] if covered else page
+                    doubts = self._doubts([key for key, _ in page])
+                    yield [item for item in page if not doubts.concern(*item)]
         except StoreError as error:
             self._keeper.failed("scan", error, None)
             raise
@@ -139,8 +138,8 @@ class Primary:
             raise
 
     async def _settle(self, keys: Sequence[bytes]) -> None:
-        if covered := self._covered(keys):
-            await self._keeper.settle(covered)
+        if self._doubts(keys):
+            await self._keeper.settle(keys)
 
     async def change(
         self, name: str, ask: Callable[[Sequence[W]], Awaitable[list[Outcome]]], items: Sequence[W]
@@ -201,7 +200,7 @@ class Primary:
             for item, outcome in zip(items, outcomes, strict=True)
             if isinstance(outcome, StoreError) and (item.fence is None or item.fence.store == self.store.id)
         ]
-        self._keeper.changed(item.key for item, outcome in zip(items, outcomes, strict=True) if outcome == "done")
+        self._stored([item for item, outcome in zip(items, outcomes, strict=True) if outcome == "done"])
         if not failed:
             self.heard(name, lane, seconds, [item[1] for item in items if isinstance(item, Write)])
             return outcomes
@@ -210,6 +209,13 @@ class Primary:
         if isinstance(answers, StoreError) and not answers.outage:
             raise answers
         return outcomes
+
+    def _stored(self, items: Sequence[Write | Patch]) -> None:
+        heads = {item.key: item.frame[:HEAD_SIZE] for item in items if isinstance(item, Write) and item.is_change}
+        if heads:
+            self._keeper.set(heads)
+        if len(heads) < len(items):
+            self._keeper.stored(item.key for item in items)
 
     async def delete_many(self, keys: Sequence[bytes]) -> Frames:
         """See ``Store``."""
@@ -221,6 +227,7 @@ class Primary:
 
     async def clear(self, prefix: bytes) -> int:
         """See ``Store``."""
+        self._keeper.cleared(prefix)
         count = await self._told("clear", self.store.clear(prefix), note=lambda: self._keeper.note_prefix(prefix))
         self._keeper.cleared(prefix)
         return count

@@ -4,9 +4,10 @@ Strategy: every call is routed by the breaker of its keys' lane as that is at th
 ``_failover_breaker``). A round trip to the primary that fails for an outage is answered by the standby at once, so that
 nobody above sees it; a few in a row that fail or take too long, or one at the very first contact, open the breaker, and
 then that part of the primary is asked no more. A task in the background finds out when it is there again
-(``_failover_keeper``), replays what it has missed (``_failover_journal``, written down by ``_failover_pages``), drops
-the standby's leftovers, and closes the breaker. What is done around each call to the primary is in
-``_failover_primary``; how far the standby is believed, in ``_failover_standby``. Here is only who is asked.
+(``_failover_keeper``), replays what it has missed (``_failover_replay``; noted in ``_failover_journal``, written down
+by ``_failover_pages``), drops the standby's leftovers, and closes the breaker. What is done around each call to the
+primary is in ``_failover_primary``; how far the standby is believed, in ``_failover_standby``. Here is only who is
+asked.
 
 Rules:
 - Only an outage (unreachable, timeout, slow) counts against the primary. Busy, full, read-only and exhausted are passed
@@ -21,7 +22,8 @@ Rules:
   differ.
 
 - Nothing of the primary is believed before it is known what other processes, by now ended, had still to tell it.
-- A server that takes the place of another may lack the last changes: the deletes of the last minute are made again.
+- A server that takes the place of another may lack the last changes: the deletes of the last minute are made again,
+  and where something older stands than what was set, it goes, too (``_failover_replay``).
 
 What remains: what was sent before a timeout may still be on its way, and be executed after the delete that was to undo
 it. The primary gives up its connection with the timeout, and answers a ping before anything is replayed, which leaves
@@ -75,7 +77,7 @@ class FailoverStore:
         probe_after: Seconds to the first probe, shortened at random by up to half; doubled with each probe that fails.
         probe_max: Seconds between probes at most.
         max_journal: Deletes remembered one by one, for a primary that is away; beyond, the prefix is cleared.
-        recent: Seconds for which confirmed deletes are remembered, for a server that takes the primary's place.
+        recent: Seconds for which confirmed changes are remembered, for a server that takes the primary's place.
         journal: Tells this primary from others whose caches share the standby; such as its address.
         clock: Seconds since the epoch.
         rng: Returns floats from [0, 1); for the jitter.
