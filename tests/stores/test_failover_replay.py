@@ -190,16 +190,20 @@ async def test_what_must_go_is_not_checked(world: Make) -> None:
 
 async def test_what_is_remembered_is_bounded(world: Make) -> None:
     w = world(max_journal=3)
+    recent = w.store._keeper._replay.recent
     three = [b"mcp_hub:t:e:%d" % number for number in range(3)]
-    await w.store.delete_many(three)
-    await w.store.delete_many([A, three[0]])
-    await w.set(A)
-    deleted, heads, _ = w.store._keeper._replay.recent.take()
-    assert (deleted, list(heads)) == ([three[2], three[0]], [A])
-    assert w.store._keeper._replay.recent.take() == ([], {}, [])
+    for more in (0, 10):
+        await w.store.delete_many([b"mcp_hub:t:e:more%d" % number for number in range(more)])
+        assert len(recent._keys) <= 6
+        await w.store.delete_many(three)
+        await w.store.delete_many([A, three[0]])
+        await w.set(A)
+        deleted, heads, _ = recent.take()
+        assert (deleted, list(heads)) == ([three[2], three[0]], [A])
+        assert recent.take() == ([], {}, [])
     for number in range(300):
         await w.store.clear(b"mcp_hub:%d:" % number)
-    assert len(w.store._keeper._replay.recent.take()[2]) == 256
+    assert len(recent.take()[2]) == 256
     w.store._journal.check({b"%d" % number: b"head" for number in range(5)})
     assert list(w.store._journal.unchecked(10, lambda _: True)) == [b"2", b"3", b"4"]
 

@@ -16,7 +16,6 @@ Rules:
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import count, islice, takewhile
@@ -199,8 +198,7 @@ class Recent:
 
     Args:
         seconds: For how long it is remembered.
-        max_keys: How many keys at most; those changed longest ago are forgotten first. As many prefixes as a journal
-            holds.
+        max_keys: How many keys, those changed last; up to twice as many are held. As many prefixes as a journal holds.
         clock: Seconds.
     """
 
@@ -211,44 +209,42 @@ class Recent:
         self._max_keys = max_keys
         self._clock = clock
         # By name, in the order of the last change: when that was, and the head of what stands there since.
-        self._keys: OrderedDict[bytes, tuple[float, bytes | None]] = OrderedDict()
-        self._prefixes: OrderedDict[bytes, tuple[float, None]] = OrderedDict()
+        self._keys: dict[bytes, tuple[float, bytes | None]] = {}
+        self._prefixes: dict[bytes, float] = {}
 
     def set(self, heads: Mapping[bytes, bytes]) -> None:
         """What has that head was set under each key of *heads*."""
-        now = self._clock()
-        for key, head in heads.items():
-            self._keys[key] = now, head
-            self._keys.move_to_end(key)
-        self._prune(now)
+        self._add(heads.items())
 
     def deleted(self, keys: Iterable[bytes]) -> None:
         """Each of *keys* was deleted."""
-        now = self._clock()
-        for key in keys:
-            self._keys[key] = now, None
-            self._keys.move_to_end(key)
-        self._prune(now)
+        self._add((key, None) for key in keys)
 
     def cleared(self, prefix: bytes) -> None:
         """Everything under *prefix* was deleted."""
-        now = self._clock()
-        self._prefixes[prefix] = now, None
-        self._prefixes.move_to_end(prefix)
-        self._prune(now)
+        self._prefixes.pop(prefix, None)
+        self._prefixes[prefix] = self._clock()
+        if len(self._prefixes) > _MAX_PREFIXES:
+            del self._prefixes[next(iter(self._prefixes))]
 
-    def _prune(self, now: float) -> None:
-        since = now - self._seconds
-        for changes, most in ((self._keys, self._max_keys), (self._prefixes, _MAX_PREFIXES)):
-            while changes and (len(changes) > most or next(iter(changes.values()))[0] < since):
-                changes.popitem(last=False)
+    def _add(self, changes: Iterable[tuple[bytes, bytes | None]]) -> None:
+        now, keys = self._clock(), self._keys
+        for key, head in changes:
+            keys.pop(key, None)  # to the end
+            keys[key] = now, head
+        if len(keys) > 2 * self._max_keys:  # many at once: one at a time would cost each set as much as all the rest
+            self._keys = self._last()
+
+    def _last(self) -> dict[bytes, tuple[float, bytes | None]]:
+        return dict(islice(self._keys.items(), max(len(self._keys) - self._max_keys, 0), None))
 
     def take(self) -> tuple[list[bytes], dict[bytes, bytes], list[bytes]]:
         """Return what was deleted, what was set, and the prefixes that were cleared; and forget it."""
-        self._prune(self._clock())
-        deleted = [key for key, (_, head) in self._keys.items() if head is None]
-        heads = {key: head for key, (_, head) in self._keys.items() if head is not None}
-        prefixes = list(self._prefixes)
+        since = self._clock() - self._seconds
+        recent = {key: head for key, (at, head) in self._last().items() if at >= since}
+        deleted = [key for key, head in recent.items() if head is None]
+        heads = {key: head for key, head in recent.items() if head is not None}
+        prefixes = [prefix for prefix, at in self._prefixes.items() if at >= since]
         self._keys.clear()
         self._prefixes.clear()
         return deleted, heads, prefixes
