@@ -3,7 +3,8 @@
 Rules:
 - No call raises, unless its own loader did.
 - Every value stands the ledger's look.
-- A call takes its deadline at most, the time of loaders and this process's own lateness left out.
+- A call takes its deadline at most, the time of loaders and this process's own lateness left out. Who joins a load that
+  waits for another process waits along.
 - A key of this process's own that nobody changes has one loader at a time.
 """
 
@@ -32,6 +33,7 @@ TAGS = ("red", "green", "blue")
 KEYS = 24
 DEADLINE = 0.5
 SLACK = 0.5  # beyond it, on top of what the heartbeat has measured
+WAIT = 2.0  # seconds for another process's load
 CUT_OFF = 1.5  # seconds after which a set that nobody waits for has landed
 _HISTORY = 40
 
@@ -120,6 +122,7 @@ class Load:
         self._history: defaultdict[Name, deque[str]] = defaultdict(lambda: deque(maxlen=_HISTORY))
         self._loading: defaultdict[Name, list[float]] = defaultdict(list)
         self._loaded: defaultdict[Name, deque[tuple[float, float]]] = defaultdict(lambda: deque(maxlen=50))
+        self._waiting: dict[Name, float] = {}  # until when a load may wait for another process's
         self._functions = {(place.name, at): self._function(place, *SPACES[at]) for place in places for at in (0, 2)}
         self._suspects: set[asyncio.Task[None]] = set()
         self._ops: list[tuple[Callable[[Place], Awaitable[None]], float]] = [
@@ -421,11 +424,15 @@ class Load:
         if self._rng.random() < 0.1:
             how |= {"refresh": True}
         if self._rng.random() < 0.1 and place.name != "memory":
-            how |= {"coalesce": "fleet", "wait_timeout": 2.0}
+            how |= {"coalesce": "fleet", "wait_timeout": WAIT}
         if self._rng.random() < 0.2:
             how |= {"early": 1.0}
         kind = "get_or_load" if "coalesce" not in how else "get_or_load:fleet"
-        op = Op(kind, place, [name], stale_ttl=how.get("stale_ttl", 0.0), waits=how.get("wait_timeout", 0.0))
+        now = time.monotonic()
+        if "coalesce" in how:
+            self._waiting[name] = now + DEADLINE + WAIT
+        waits = max(self._waiting.get(name, now) - now, 0.0)
+        op = Op(kind, place, [name], stale_ttl=how.get("stale_ttl", 0.0), waits=waits)
         work = view.get_or_load(name.key, self._loader(name, place, ttl, tags), **how)
         self._take(op, name, await self._ask(op, work))
 

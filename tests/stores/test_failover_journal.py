@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from mcp_hub_cache.stores._failover_journal import Journal
+from math import inf
+
+import pytest
+
+from mcp_hub_cache._frame import HEAD_SIZE, Kind, pack
+from mcp_hub_cache.stores._failover_journal import Journal, is_older
 
 P = b"mcp_hub:"
 
@@ -88,3 +93,33 @@ def test_prefixes_are_bounded_too() -> None:
         journal.add_prefix(P + b"ns%d:" % n)
     assert len(journal) < 300
     assert all(journal.covers(P + b"ns%d:k" % n) for n in range(1000))
+
+
+def _head(created: float, *, token: bytes = b"another.", cost: float = 0.0, kind: Kind = Kind.ENTRY) -> bytes:
+    frame = pack(
+        b"k", b"{}", token=token, created=created, fresh_until=inf, keep_until=inf, cost=cost, kind=kind
+    )  # fmt: skip
+    return frame[:HEAD_SIZE]
+
+
+@pytest.mark.parametrize(
+    ("there", "older"),
+    [
+        (None, False),
+        (_head(100.0, token=b"this-one"), False),
+        (_head(90.0, token=b"this-one"), False),  # by whoever has given it a new head
+        (_head(99.9), True),
+        (_head(100.0), True),
+        (_head(100.1), False),  # set by somebody else since
+        (_head(99.9, kind=Kind.PLACEHOLDER), True),
+        (_head(100.1, kind=Kind.PLACEHOLDER), False),
+        (_head(101.0, cost=2.0), True),  # of a load that had begun before
+        (_head(103.0, cost=2.0), True),  # nobody knows
+        (_head(108.0, cost=2.0), False),
+        (b"", True),
+        (b"\x89MHC\x03 something from the future".ljust(HEAD_SIZE), True),
+    ],
+)
+def test_what_is_older_than_what_was_set(there: bytes | None, *, older: bool) -> None:
+    assert is_older(there, _head(100.0, token=b"this-one")) is older
+    assert not is_older(there, None)

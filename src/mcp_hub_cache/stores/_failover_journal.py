@@ -24,6 +24,7 @@ from typing import Final, NamedTuple
 from .._frame import TOKEN, peek
 
 _MAX_PREFIXES: Final = 256
+_DOUBT: Final = 5.0  # seconds by which a load may have begun earlier than its entry says
 
 
 class Note(NamedTuple):
@@ -41,12 +42,19 @@ class Note(NamedTuple):
 
 
 def is_older(there: bytes | None, head: bytes | None) -> bool:
-    """Whether the frame that begins with *there* is from before the one that was written with *head*."""
+    """Whether the frame that begins with *there* may be from before the one that was written with *head*.
+
+    A load that had begun before is, though it ended later: its fence went with the former server. Where that can't be
+    told, by the clocks of two servers, it counts as older.
+    """
     # A new head over the same payload has the token still.
     if there is None or head is None or there[TOKEN] == head[TOKEN]:
         return False
     one, other = peek(there), peek(head)
-    return one is None or other is None or one.created <= other.created
+    if one is None or other is None:
+        return True
+    began = one.created - one.cost - _DOUBT if one.cost else one.created
+    return began <= other.created
 
 
 @dataclass(frozen=True, slots=True)
